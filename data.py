@@ -1,0 +1,458 @@
+"""Image datasets as whole uint8 tensors: load them, split them, and cut them into augmented batches.
+
+    data = load("cifar10", "data")               # or mnist, fashion-mnist, cifar100, shapes, or a folder of images
+    train, val = split(data.train, 0.1, seed=0)
+    for images, labels in batches(train, 128, data.mean, data.std, device, key=(seed, epoch), crop_pad=4, flip=True):
+        ...
+
+These sets fit into memory, so there are no worker processes: the images lie on the training device as bytes, and a
+batch is cropped, flipped and normalised there by a few tensor operations, with a random place for every image.
+Copied alone, this file needs torch and torchvision.
+"""
+
+import contextlib
+import functools
+import hashlib
+import math
+import os
+import random
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# The class in torchvision.datasets and the size of its download. torchvision knows addresses and checksums.
+DOWNLOADS = {
+    "cifar10": ("CIFAR10", "170 MB"),
+    "cifar100": ("CIFAR100", "169 MB"),
+    "mnist": ("MNIST", "12 MB"),
+    "fashion-mnist": ("FashionMNIST", "31 MB"),
+}
+NAMES = (*DOWNLOADS, "shapes")
+# Mean and standard deviation of the pixels of the training set, in 0..1, by channel. Those of other sets are measured.
+CONSTANTS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "mnist": ((0.1307,), (0.3081,)),
+}
+SILENCE = 20  # seconds without a byte after which a download is given up
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+CACHE_VERSION = 1  # raise it when decode() or the cache file changes
+
+
+class Unavailable(OSError):
+    """A known dataset is neither on disk nor downloadable."""
+
+
+@dataclass
+class Data:
+    name: str
+    classes: list  # of names
+    mean: tuple  # by channel, of pixels in 0..1
+    std: tuple
+    train: tuple  # (images, labels): uint8 (n, channels, size, size) and int64 (n,)
+    test: tuple
+    note: str = ""  # what the user should know, such as another set in place of the wanted one
+
+
+def load(name, data_dir="data", *, img_size=None, fallback=False):
+    """Load a dataset by name, or a folder that holds train/<class>/* and test/<class>/* images, as a Data.
+
+    What isn't in `data_dir` is downloaded into it. `img_size` is for folders: images are scaled and centre-cropped to
+    that many pixels (default: the short side of the first image, at most 64). With `fallback`, a set that can't be had
+    is replaced by "shapes", and the note says why. Raises Unavailable, ValueError for unusable data, OSError.
+    """
+    if name == "shapes":
+        data = shapes()
+    elif name in DOWNLOADS:
+        try:
+            data = _from_torchvision(name, Path(data_dir))
+        except Unavailable as error:
+            if not fallback:
+                raise
+            data = shapes()
+            data.note = f"{error}\nGoing on with the embedded set 'shapes': the figures below are not those of {name}."
+    elif Path(name).is_dir():
+        data = _from_folder(Path(name), Path(data_dir), img_size)
+    else:
+        raise ValueError(f"--data {name} is neither a folder here nor a known set; known are {', '.join(NAMES)}")
+    for images, labels in (data.train, data.test):
+        if len(images) == 0 or len(images) != len(labels):
+            raise ValueError(f"{data.name} is damaged: {len(images)} images and {len(labels)} labels")
+        if labels.min() < 0 or labels.max() >= len(data.classes):
+            wrong = labels.max() if labels.min() >= 0 else labels.min()
+            raise ValueError(f"{data.name} is damaged: a label is {wrong}, labels must be 0..{len(data.classes) - 1}")
+    return data
+
+
+def pixel_stats(images):
+    """Mean and standard deviation by channel, in 0..1, exactly: from the counts of the 256 values."""
+    value = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = (share * value).sum()
+        means.append(round(mean.item(), 4))
+        stds.append(round(max((share * (value - mean) ** 2).sum().sqrt().item(), 1 / 255), 4))
+    return tuple(means), tuple(stds)
+
+
+# ---------------------------------------------------------------------------------------------- sets from torchvision
+
+
+def _from_torchvision(name, root):
+    from torchvision import datasets  # imported here: it costs a second that shapes and folders needn't pay
+
+    cls = getattr(datasets, DOWNLOADS[name][0])
+    try:
+        try:
+            train, test = cls(root, train=True), cls(root, train=False)
+        except RuntimeError:  # not there, or a wrong checksum
+            _download(name, cls, root)
+            train, test = cls(root, train=True), cls(root, train=False)
+    except Unavailable:
+        raise
+    except Exception as error:  # whatever a damaged file makes torchvision's readers say
+        raise ValueError(
+            f"{name} in {root} is damaged ({type(error).__name__}: {error}): remove it to load it again"
+        ) from error
+
+    def tensors(part):
+        images = torch.as_tensor(part.data)
+        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        return images, torch.as_tensor(part.targets)
+
+    (images, labels), test = tensors(train), tensors(test)
+    mean, std = CONSTANTS.get(name) or pixel_stats(images)
+    return Data(name, [c.split(" - ")[0] for c in train.classes], mean, std, (images, labels), test)
+
+
+def _download(name, cls, root):
+    """Let torchvision download and unpack a set, or raise Unavailable with all that is needed to do it by hand."""
+    from torchvision.datasets import utils
+
+    if hasattr(cls, "url"):
+        address, folder, files = cls.url, root, [cls.filename]
+    else:
+        address, folder = " or ".join(cls.mirrors), root / cls.__name__ / "raw"
+        files = [file for file, _ in cls.resources]
+    new_folders = [f for f in (folder, *folder.parents) if not f.exists()]
+    print(f"Downloading {name} ({DOWNLOADS[name][1]}) from {address} into {root}", file=sys.stderr)
+    timeout, bar = socket.getdefaulttimeout(), utils.tqdm
+    socket.setdefaulttimeout(SILENCE)
+    utils.tqdm = functools.partial(bar, disable=not sys.stderr.isatty())
+    try:
+        cls(root, train=True, download=True)
+    except Exception as error:
+        for new in new_folders:
+            with contextlib.suppress(OSError):
+                new.rmdir()  # only if it's empty
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Unavailable(
+            f"{name} is not in {root} and can't be downloaded from {address} ({reason}). "
+            f"To do it by hand, put {', '.join(files)} from there into {folder}."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+        utils.tqdm = bar
+
+
+# ---------------------------------------------------------------------------------------------- a folder of images
+
+
+def _from_folder(folder, data_dir, img_size):
+    """Decode a folder once and keep the pixels in data_dir/cache; see load. The folder itself is only read."""
+    classes = sorted(entry.name for entry in _entries(folder / "train") if entry.is_dir())
+    files = {part: [] for part in ("train", "test")}  # of (path, label)
+    for part, found in files.items():
+        for entry in _entries(folder / part):
+            if not entry.is_dir():
+                continue
+            if entry.name not in classes:
+                raise ValueError(
+                    f"{entry.path} is a class that {folder / 'train'} lacks: its classes are the known ones"
+                )
+            inside = [e.path for e in _entries(entry.path) if Path(e.name).suffix.lower() in IMAGE_SUFFIXES]
+            if part == "train" and not inside:
+                raise ValueError(f"{entry.path} holds no images: add some, or remove the class")
+            found += [(path, classes.index(entry.name)) for path in inside]
+        if not found:
+            raise ValueError(f"{folder / part} holds no images: expected {folder / part}/<class>/*.jpg, png, ...")
+    paths = [path for part in files.values() for path, _ in part]
+    labels = torch.tensor([label for part in files.values() for _, label in part])
+    img_size = img_size or min(64, min(_image_size(paths[0])))
+
+    state = _fingerprint(paths, img_size)
+    key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
+    cache = data_dir / "cache" / f"{folder.resolve().name}-{img_size}-{key}.pt"
+    images, note = None, ""
+    if cache.exists():
+        try:
+            stored = torch.load(cache, mmap=True, weights_only=True)
+            images = stored["images"] if stored["state"] == state else None
+            note = "" if images is not None else f"{folder} has changed since it was decoded: decoding it again"
+        except Exception as error:
+            note = f"the cache {cache} is damaged ({type(error).__name__}): decoding {folder} again"
+    if images is None:
+        images = _decode_all(paths, img_size)
+        if _fingerprint(paths, img_size) != state:
+            raise ValueError(f"{folder} changed while it was being decoded: run again when it is at rest")
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(dict(state=state, images=images), f"{cache}.tmp")
+            os.replace(f"{cache}.tmp", cache)
+        except OSError as error:
+            note = f"no cache, the next run decodes {folder} again ({error})"
+    n = len(files["train"])
+    mean, std = pixel_stats(images[:n])
+    train, test = (images[:n], labels[:n]), (images[n:], labels[n:])
+    return Data(folder.resolve().name, classes, mean, std, train, test, note)
+
+
+def _entries(folder):
+    """The visible entries of a folder by name, or ValueError in place of OSError."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise ValueError(f"{folder} can't be read ({error.strerror}): --data takes a folder that holds "
+                         "train/<class>/* and test/<class>/* images") from error  # fmt: skip
+
+
+def _fingerprint(paths, img_size):
+    """A hash of what tells one state of a folder from another: the names, sizes and times of its files."""
+    digest = hashlib.sha256(f"{CACHE_VERSION} {img_size}".encode())
+    for path in paths:
+        info = os.stat(path)
+        digest.update(os.fsencode(path) + f" {info.st_size} {info.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _image_size(path):
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception as error:
+        raise ValueError(f"{path} can't be read as an image ({error}): repair or remove it") from error
+
+
+def decode(path, size):
+    """Read an image file as a uint8 tensor (3, size, size): turned upright, short side scaled to size, centre kept.
+
+    Of an animation it's the first frame. Grey images have three equal channels. Transparency is dropped.
+    """
+    import numpy
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 or 32 bits of grey, of which convert() would keep the lowest 8
+            image = Image.fromarray((numpy.asarray(image).astype("uint32") >> 8).clip(0, 255).astype("uint8"))
+        image = image.convert("RGB")
+        if image.size != (size, size):
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
+
+
+def _decode_all(paths, size):
+    """decode() of many files by several threads, as one tensor with 1 channel if all are grey, else 3."""
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    unreadable = {}
+
+    def some(start):
+        for i in range(start, min(start + 100, len(paths))):
+            try:
+                images[i] = decode(paths[i], size)
+            except Exception as error:
+                unreadable[paths[i]] = error
+
+    starts = range(0, len(paths), 100)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in progress(pool.map(some, starts), total=len(starts), desc="decoding", unit="00 images"):
+            pass
+    if unreadable:
+        some = ", ".join(f"{path} ({error})" for path, error in sorted(unreadable.items())[:3])
+        raise ValueError(
+            f"{len(unreadable)} of {len(paths)} images can't be read, repair or remove them: {some}"
+            + (", ..." if len(unreadable) > 3 else "")
+        )
+    grey = all(torch.equal(images[:, 0], images[:, c]) for c in (1, 2))
+    return images[:, :1].clone() if grey else images
+
+
+def progress(iterable, **kwargs):
+    """The same iterable behind a tqdm bar, if standard error is a terminal and tqdm is installed."""
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+
+            return tqdm(iterable, leave=False, **kwargs)
+    return iterable
+
+
+# ---------------------------------------------------------------------------------------------- the embedded set
+
+# Each figure as a test on the coordinates u, v of points around its centre, turned with it, and on its radius r.
+FIGURES = {
+    "disk": lambda u, v, r: u * u + v * v <= (7 * r // 8) ** 2,
+    "ring": lambda u, v, r: (u * u + v * v <= r * r) & (u * u + v * v >= (5 * r // 8) ** 2),
+    "square": lambda u, v, r: (u.abs() <= 3 * r // 4) & (v.abs() <= 3 * r // 4),
+    "frame": lambda u, v, r: (torch.maximum(u.abs(), v.abs()) - 11 * r // 16).abs() <= 3 * r // 16,
+    "triangle": lambda u, v, r: (v <= 5 * r // 8) & (2 * u.abs() <= v + r),
+    "bar": lambda u, v, r: (u.abs() <= r) & (v.abs() <= r // 4),
+    "cross": lambda u, v, r: torch.maximum(u.abs(), v.abs()).le(r) & torch.minimum(u.abs(), v.abs()).le(r // 4),
+    "corner": lambda u, v, r: (torch.maximum(u, v) - 5 * r // 8).abs().le(r // 4) & torch.minimum(u, v).ge(-7 * r // 8),
+    "tee": lambda u, v, r: (u.abs().le(r) & (v - 5 * r // 8).abs().le(r // 4)) | (v.abs().le(r) & u.abs().le(r // 4)),
+    "moon": lambda u, v, r: (u * u + v * v <= r * r) & ((u - r // 2) ** 2 + v * v >= (3 * r // 4) ** 2),
+}
+
+
+def shapes(train=5000, test=1000):
+    """The embedded set: 32x32 colour images of ten classes of small shapes, the same on every machine."""
+    images, labels = draw_shapes(train, seed=1)
+    mean, std = pixel_stats(images)
+    return Data("shapes", list(FIGURES), mean, std, (images, labels), draw_shapes(test, seed=2))
+
+
+def draw_shapes(count, seed, size=32):
+    """Draw `count` images: uint8 (count, 3, size, size) and int64 labels (count,), as many of each class.
+
+    A figure of random place, size, angle and colour, brighter than its background, on a few blocks and under noise.
+    Whole numbers only, so that no machine rounds differently. Drawn at twice the size and averaged.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.arange(count) % len(FIGURES))[torch.randperm(count, generator=generator)]
+    turn = [math.radians(degree) for degree in range(-30, 31)]
+    cos, sin = (torch.tensor([round(1024 * f(a)) for a in turn], dtype=torch.int32) for f in (math.cos, math.sin))
+    y, x = torch.meshgrid(*[torch.arange(2 * size, dtype=torch.int32)] * 2, indexing="ij")
+    parts = []
+    for label in labels.split(500):  # a few images at a time, for the sake of memory
+        n = len(label)
+
+        def draw(low, high, *shape, n=n):
+            return torch.randint(low, high + 1, (n, *shape), generator=generator, dtype=torch.int32)
+
+        def place(low, high):
+            return draw(low, high, 1, 1)
+
+        ground = draw(0, 155, 3, 1, 1)
+        image = ground.expand(-1, -1, 2 * size, 2 * size)
+        for _ in range(3):
+            block = ((x - place(0, 2 * size)).abs() < place(1, 8)) & ((y - place(0, 2 * size)).abs() < place(1, 8))
+            image = torch.where(block[:, None], ground + draw(-60, 60, 3, 1, 1), image)
+        dx, dy, r = x - place(size - 10, size + 10), y - place(size - 10, size + 10), 16 * place(14, 24)
+        angle = draw(0, len(turn) - 1).long()
+        c, s = cos[angle][:, None, None], sin[angle][:, None, None]
+        u, v = (dx * c + dy * s) // 64, (dy * c - dx * s) // 64  # in 1/16 of a drawn pixel
+        inside = torch.stack([list(FIGURES.values())[k](*uvr) for k, *uvr in zip(label, u, v, r, strict=True)])
+        image = torch.where(inside[:, None], ground + draw(50, 99, 3, 1, 1), image)
+        image = image.reshape(-1, 3, size, 2, size, 2).sum((3, 5), dtype=torch.int32) // 4
+        parts.append((image + draw(-16, 16, 3, size, size)).clamp(0, 255).to(torch.uint8))
+    return torch.cat(parts), labels
+
+
+# ---------------------------------------------------------------------------------------------- splits and batches
+
+
+def seeded(*key, device="cpu"):
+    """A random generator that depends on the key alone, such as (seed, epoch)."""
+    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
+
+
+def pick(labels, count, seed):
+    """A random boolean mask with `count` of the labels' places, each class in its proportion to within one."""
+    n = len(labels)
+    shuffled = torch.randperm(n, generator=seeded(seed, "pick"))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    i = torch.arange(n)
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[by_class] = (i + 1) * count // n > i * count // n  # every n/count-th place
+    return mask
+
+
+def split(part, held_out, seed):
+    """Split (images, labels) into (training part, held-out part), stratified; the same for the same seed.
+
+    `held_out` is a fraction below 1 or a count; 0 gives an empty second part. Raises ValueError if nothing would be
+    left to train on.
+    """
+    images, labels = part
+    count = round(held_out * len(labels)) if held_out < 1 else int(held_out)
+    if not 0 <= held_out < math.inf or count >= len(labels) or (held_out and not count):
+        raise ValueError(
+            f"--val-split {held_out:g} must be 0, a fraction below 1 or a count that leaves images on both sides "
+            f"({len(labels)} are there)"
+        )
+    mask = pick(labels, count, seed)
+    return (images[~mask], labels[~mask]), (images[mask], labels[mask])
+
+
+def place(part, device):
+    """(images, labels) on the device, or as they are if they would fill more than half of its free memory."""
+    if device.type == "cuda" and part[0].nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return part
+    return tuple(tensor.to(device) for tensor in part)
+
+
+def limit(part, count, seed):
+    """`count` of the images of a part, each class in its proportion. Raises ValueError if there are fewer."""
+    images, labels = part
+    if count > len(labels):
+        raise ValueError(f"--limit {count} is more than the {len(labels)} training images")
+    mask = pick(labels, count, seed)
+    return images[mask], labels[mask]
+
+
+def batches(part, batch_size, mean, std, device, *, key=None, first=0, crop_pad=0, flip=False):
+    """Yield (images, labels) on the device: float32 (b, channels, size, size), normalised, and int64 (b,).
+
+    With key=(seed, epoch), the order is random and images are augmented, both depending on the key alone: each image is
+    shifted by up to crop_pad pixels either way (the border is mirrored) and, with flip, mirrored half of the time.
+    Without a key the images come as they are. The last batch is smaller when batch_size doesn't divide, except that a
+    single left-over image joins the batch before: batch norm can't train on one. `first` batches are left out.
+    """
+    images, labels = part
+    n = len(labels)
+    order = torch.arange(n) if key is None else torch.randperm(n, generator=seeded(*key))
+    order = order.to(images.device)
+    mean, std = (255 * torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
+    for step, (start, end) in enumerate(bounds(n, batch_size)[first:], first):
+        index = order[start:end]
+        x, y = images[index].to(device, non_blocking=True), labels[index].to(device, non_blocking=True)
+        if key is not None:
+            x = crop_and_flip(x, crop_pad, flip, seeded(*key, step, device=device))
+        yield (x.float() - mean) / std, y
+
+
+def bounds(n, batch_size):
+    """The (start, end) of each batch of n images, see batches."""
+    starts = list(range(0, n, batch_size))
+    if len(starts) > 1 and n - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], n], strict=True))
+
+
+def crop_and_flip(images, pad, flip, generator):
+    """Shift every image by up to `pad` pixels, mirrored at the border, and mirror half of them: one gather.
+
+    (b, channels, size, size) -> the same shape and dtype.
+    """
+    b, channels, height, width = images.shape
+    if pad >= min(height, width):
+        raise ValueError(f"--crop-pad {pad} must be smaller than the image, {height}x{width} pixels")
+
+    def places(size):
+        shift = torch.randint(-pad, pad + 1, (b, 1), generator=generator, device=images.device)
+        place = (torch.arange(size, device=images.device) + shift).abs()
+        return size - 1 - (size - 1 - place).abs()
+
+    rows, columns = places(height), places(width)
+    if flip:
+        mirrored = torch.rand(b, 1, generator=generator, device=images.device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    index = (rows[:, :, None] * width + columns[:, None, :]).view(b, 1, -1).expand(-1, channels, -1)
+    return images.flatten(2).gather(2, index).view(images.shape)

@@ -1,0 +1,70 @@
+"""The folder of a run: a new name for it, its log, its table of epochs and its result.
+
+Copied alone, this file needs the standard library and nothing else.
+"""
+
+import csv
+import json
+import math
+import os
+from pathlib import Path
+
+COLUMNS = "epoch step lr train_loss train_acc val_loss val_acc seconds images_per_second".split()
+
+
+def claim(out, default, going_on=False):
+    """Create the folder `out`, or default, default-2, default-3 ..., and its log.txt; return its path.
+
+    A folder that holds a run already is never taken, unless going_on. Raises ValueError if it can't be written.
+    """
+    candidates = [Path(out)] if out else [Path(default), *(Path(f"{default}-{n}") for n in range(2, 10000))]
+    for folder in candidates:
+        if (folder / "log.txt").exists() and not going_on:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "log.txt").open("a").close()
+        except OSError as error:
+            raise ValueError(f"--out {folder} can't be written ({error.strerror}): name another folder") from None
+        return folder
+    raise ValueError(f"--out {candidates[0]} holds a run already: name another folder, or --resume its last.pt")
+
+
+def make_say(path):
+    """A function that prints a line and appends it to the file at `path`."""
+    file = open(path, "a", buffering=1, encoding="utf-8")
+
+    def say(line):
+        print(line, flush=True)
+        file.write(line + "\n")
+
+    return say
+
+
+def epoch_line(row, epochs, is_best, seconds_left):
+    """An epoch in one line for the eye; metrics.csv has the same figures for programs."""
+    text = f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  lr {row['lr']:<8.3g}"
+    for part in ("train", "val"):
+        if not math.isnan(row[f"{part}_loss"]):
+            text += f"  {part} loss {row[f'{part}_loss']:.4f} acc {row[f'{part}_acc']:.4f}"
+    text += f" {'*' if is_best else ' '} {row['seconds']:6.1f} s {row['images_per_second']:7,.0f} images/s"
+    return f"{text}  {clock(seconds_left)} left"
+
+
+def clock(seconds):
+    """3725 -> '1:02:05'"""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def write_metrics(history, path):
+    with open(f"{path}.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(history)
+    os.replace(f"{path}.tmp", path)
+
+
+def write_result(result, path):
+    Path(f"{path}.tmp").write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(f"{path}.tmp", path)
