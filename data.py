@@ -381,8 +381,9 @@ def split(part, held_out, seed):
     left to train on.
     """
     images, labels = part
-    count = round(held_out * len(labels)) if held_out < 1 else int(held_out)
-    if not 0 <= held_out < math.inf or count >= len(labels) or (held_out and not count):
+    valid = 0 <= held_out < math.inf
+    count = valid and (round(held_out * len(labels)) if held_out < 1 else int(held_out))
+    if not valid or count >= len(labels) or (held_out and not count):
         raise ValueError(
             f"--val-split {held_out:g} must be 0, a fraction below 1 or a count that leaves images on both sides "
             f"({len(labels)} are there)"
@@ -433,7 +434,7 @@ def bounds(n, batch_size):
     starts = list(range(0, n, batch_size))
     if len(starts) > 1 and n - starts[-1] == 1:
         starts.pop()
-    return list(zip(starts, [*starts[1:], n], strict=True))
+    return list(zip(starts, [*starts[1:], n], strict=False))
 
 
 def crop_and_flip(images, pad, flip, generator):

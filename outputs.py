@@ -7,6 +7,9 @@ import csv
 import json
 import math
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 COLUMNS = "epoch step lr train_loss train_acc val_loss val_acc seconds images_per_second".split()
@@ -55,6 +58,22 @@ def clock(seconds):
     """3725 -> '1:02:05'"""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def command():
+    """What the user typed, as far as Python knows it."""
+    return shlex.join(["python", *sys.argv])
+
+
+def commit():
+    """The git commit of this code, with a + if files differ from it; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def write_metrics(history, path):

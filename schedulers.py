@@ -133,7 +133,7 @@ def schedule(
         gamma = 0.9 if sched == "exp" else 0.1
     if milestones is None:
         milestones = (length / 2, length * 3 / 4)
-    t_max, t_0 = t_max or length, t_0 or length / 2
+    t_max, t_0 = length if t_max is None else t_max, length / 2 if t_0 is None else t_0
     for name, value, rule, holds in (
         ("lr", lr, "a finite number above 0", 0 < lr < math.inf),
         ("epochs", epochs, "a finite number above 0", 0 < epochs < math.inf),

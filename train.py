@@ -10,6 +10,7 @@ The rooms of this file: arguments, set-up, one pass, the run, main. Every file t
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import platform
@@ -42,6 +43,7 @@ NOT_FINITE = "lower --lr, or add --warmup-epochs or --clip-grad 1"
 
 def make_parser(model):
     parser = argparse.ArgumentParser(
+        prog="train.py",
         description=f"{__doc__.splitlines()[0]} The defaults in brackets are those of --model {model}.",
         usage=argparse.SUPPRESS,  # an error is one line
         allow_abbrev=False,
@@ -112,6 +114,8 @@ def parse_args(argv=None):
         if opt != recipe["opt"]:  # the recipe's rate, decay, momentum ... were chosen for its own optimizer
             recipe = {k: v for k, v in recipe.items() if k not in optimizers.options_of(recipe["opt"])}
         args = argparse.Namespace(**defaults | optimizers.DEFAULTS[opt] | recipe | given)
+        if "warmup_epochs" not in given:
+            args.warmup_epochs = min(args.warmup_epochs, args.epochs / 5)
     if not args.eval:
         check(args, given)
     return args, given
@@ -280,10 +284,11 @@ def evaluate(model, part, data, device, precision):
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def train(args, data, model, device, precision, out, say, train_part, val_part, optimizer, resumed):
+def train(args, data, model, device, precision, out, say, train_part, val_part, optimizer, resumed, signals):
     """Train until the last step, an early stop, a signal, or a value that isn't finite.
 
-    Writes best.pt, last.pt and metrics.csv after each epoch. Returns (a row per epoch, why it stopped, exit status).
+    Writes best.pt, last.pt and metrics.csv after each epoch. `signals` is the list of caught_signals.
+    Returns (a row per epoch, why it stopped, the exit status).
     """
     factor = make_schedule(args)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -312,10 +317,6 @@ def train(args, data, model, device, precision, out, say, train_part, val_part, 
         states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=devices.rng_state(device))
         save("last.pt", step=step, history=history, seconds=seconds, seen=seen, **states)
 
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # The first one lets the step end, then saves. After it the system's rule holds again: a second one kills.
-        signal.signal(number, lambda n, frame: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
     began, first_step = time.perf_counter(), step
 
     while step < total_steps:
@@ -363,7 +364,8 @@ def train(args, data, model, device, precision, out, say, train_part, val_part, 
         if args.val_split:
             row["val_loss"], row["val_acc"] = evaluate(model, val_part, data, device, precision)
             if not math.isfinite(row["val_loss"]):
-                say(f"the validation loss is {row['val_loss']} after epoch {epoch + 1}: {NOT_FINITE}")
+                at = f"at step {step:,}, learning rate {row['lr']:.3g}"
+                say(f"the validation loss is {row['val_loss']} {at}: {NOT_FINITE}")
                 return history, "non-finite loss", 1
         row["seconds"], row["images_per_second"], seconds = seconds, count / seconds, 0.0
         history.append(row)
@@ -402,6 +404,8 @@ def finish(args, data, model, device, precision, out, say, history, stopped):
         )
         say(f"{stopped}: the result is epoch {best['epoch']} ({why})")
         say(f"test acc {test_acc:.4f}  loss {test_loss:.4f}  ({data.name}, {len(data.test[1]):,} images, read once)")
+    elif stopped == "interrupted":
+        say(f"interrupted: python train.py --resume {out / 'last.pt'} goes on from here")
     seconds = sum(row["seconds"] for row in history)
     images = sum(row["seconds"] * row["images_per_second"] for row in history)
     result = dict(model=args.model, data=data.name, test_acc=test_acc, test_loss=test_loss)
@@ -413,6 +417,7 @@ def finish(args, data, model, device, precision, out, say, history, stopped):
         params=sum(p.numel() for p in model.parameters()), seed=args.seed, device=devices.device_name(device)
     )
     result |= dict(amp=precision, torch=torch.__version__, args=vars(args))
+    result |= dict(command=outputs.command(), commit=outputs.commit())
     outputs.write_result(result, out / "result.json")
     if history:
         try:
@@ -463,18 +468,41 @@ def set_up(args, given):
     out = args.out or (Path(args.resume).parent if resumed else None)
     out = outputs.claim(out, default, going_on=resumed and Path(args.resume).resolve().parent == Path(out).resolve())
     say = outputs.make_say(out / "log.txt")
-    say(f"$ {' '.join([Path(sys.executable).name, *sys.argv])}")
+    say(f"$ {outputs.command()}")
     say(f"torch {torch.__version__}, python {platform.python_version()}, {devices.device_name(device)}, {precision}")
     if data.note:
         say(data.note)
     counts = [f"{len(labels):,}" for _, labels in (train_part, val_part, data.test)]
     shape = "x".join(map(str, data.train[0].shape[1:]))
-    say(f"{data.name}: {counts[0]} images to train on, {counts[1]} to validate, {counts[2]} to test; "
-        f"{len(data.classes)} classes, {shape}")  # fmt: skip
-    say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.opt}, lr {args.lr:g}, "
-        f"weight decay {args.weight_decay:g}, {args.sched}, {args.epochs:g} epochs, batches of {args.batch_size}")  # fmt: skip
+    say(
+        f"{data.name}: {counts[0]} images to train on, {counts[1]} to validate, {counts[2]} to test; "
+        f"{len(data.classes)} classes, {shape}"
+    )
+    say(
+        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.opt}, lr {args.lr:g}, "
+        f"weight decay {args.weight_decay:g}, {args.sched}, {args.epochs:g} epochs, batches of {args.batch_size}"
+    )
     say(f"writing to {out}" + (f", going on after step {resumed['step']:,}" if resumed else ""))
     return (args, data, model, device, precision, out, say), (*parts, optimizer, resumed)
+
+
+@contextlib.contextmanager
+def caught_signals():
+    """A list that gets the number of the first SIGINT or SIGTERM. After it the old rule holds: a second one kills."""
+    numbers, old = [], {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def handler(number, frame):
+        numbers.append(number)
+        for n in old:
+            signal.signal(n, signal.SIG_DFL)
+
+    for n in old:
+        signal.signal(n, handler)
+    try:
+        yield numbers
+    finally:
+        for n in old:
+            signal.signal(n, old[n])
 
 
 def fail(status, error):
@@ -495,7 +523,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     try:
-        history, stopped, status = train(*common, *more)
+        with caught_signals() as signals:
+            history, stopped, status = train(*common, *more, signals)
         finish(*common, history, stopped)
     except torch.OutOfMemoryError:
         return fail(
