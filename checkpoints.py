@@ -7,22 +7,30 @@ A checkpoint is a dict of tensors and plain Python values. Copied alone, this fi
 """
 
 import contextlib
+import copy
+import io
 import os
+import zipfile
 
 import torch
 
 # What every checkpoint of train.py holds. With model and model_args the model can be built again.
-KEYS = {"model", "model_args", "state_dict", "classes", "image_size", "channels", "mean", "std"}
-KEYS |= {"epoch", "metrics", "args"}
-RESUME_KEYS = KEYS | {"step", "history", "seconds", "seen", "optimizer", "scaler", "rng"}  # last.pt has these too
+KEYS = dict(model=str, model_args=dict, state_dict=dict, classes=list, image_size=int, channels=int)
+KEYS |= dict(mean=tuple, std=tuple, epoch=int, metrics=dict, args=dict)
+# last.pt has these too.
+RESUME_KEYS = KEYS | dict(
+    step=int, history=list, seconds=float, seen=torch.Tensor, optimizer=dict, scaler=dict, rng=list
+)
 
 
 def save(content, path):
     """Write a checkpoint so that `path` always holds a whole one, the old or the new. Raises OSError."""
+    buffer = io.BytesIO()  # torch's own writer would hide the reason when the disk is full
+    torch.save(content, buffer)
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -30,18 +38,42 @@ def save(content, path):
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+    if os.name == "posix":  # the new name too must survive a power failure
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def load(path, *, keys=KEYS):
-    """Read a checkpoint onto the CPU; no code in the file is run. Raises ValueError for whatever isn't one."""
+    """Read a checkpoint onto the CPU; no code in the file is run. Raises ValueError for whatever isn't one.
+
+    Its weights have to be finite, and no more memory is taken than the file is long.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as file:
+            if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
+                raise ValueError("it would unpack to more than its own size")
+            if damaged := file.testzip():
+                raise ValueError(f"the checksum of {damaged} in it is wrong")
+        # A tensor that is larger than what the file holds of it can't grow in mapped memory: torch refuses it.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"{path} doesn't exist: expected a checkpoint such as runs/.../best.pt") from None
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__}: {reason})") from None
-    if not isinstance(content, dict) or not keys <= content.keys():
-        missing = sorted(keys - set(content)) if isinstance(content, dict) else sorted(keys)
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(missing)}")
+    content = copy.deepcopy(content)  # out of the mapped file, which may be replaced now
+    wrong = [name for name, type in keys.items() if not isinstance(content, dict) or type is not _type(content, name)]
+    if wrong:
+        raise ValueError(f"{path} is not a checkpoint of this train.py: it has no valid {', '.join(wrong)}")
+    for name, tensor in content.get("state_dict", {}).items():
+        if not isinstance(tensor, torch.Tensor) or tensor.nbytes > os.path.getsize(path):
+            raise ValueError(f"{path} is damaged: {name} in it is no tensor that the file could hold")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path} is damaged: {name} in it holds values that are not finite numbers")
     return content
+
+
+def _type(content, name):
+    value = content.get(name)
+    return dict if isinstance(value, dict) else type(value)

@@ -109,7 +109,9 @@ def _from_torchvision(name, root):
     try:
         try:
             train, test = cls(root, train=True), cls(root, train=False)
-        except RuntimeError:  # not there, or a wrong checksum
+        except RuntimeError as error:  # not there, or a wrong checksum
+            if "not found" not in str(error):
+                raise
             _download(name, cls, root)
             train, test = cls(root, train=True), cls(root, train=False)
     except Unavailable:
@@ -408,31 +410,36 @@ def limit(part, count, seed):
     return images[mask], labels[mask]
 
 
-def batches(part, batch_size, mean, std, device, *, key=None, first=0, crop_pad=0, flip=False):
+def batches(
+    part, batch_size, mean, std, device, *, key=None, first=0, every=1, least=1, share=(0, 1), crop_pad=0, flip=False
+):
     """Yield (images, labels) on the device: float32 (b, channels, size, size), normalised, and int64 (b,).
 
     With key=(seed, epoch), the order is random and images are augmented, both depending on the key alone: each image is
     shifted by up to crop_pad pixels either way (the border is mirrored) and, with flip, mirrored half of the time.
-    Without a key the images come as they are. The last batch is smaller when batch_size doesn't divide, except that a
-    single left-over image joins the batch before: batch norm can't train on one. `first` batches are left out.
+    Without a key the images come as they are. The last batch is smaller when batch_size doesn't divide, see `bounds`.
+    `first` batches are left out, and of the others every so-many-th is taken. With share=(i, n), it's the i-th of n
+    parts of every batch, augmented as in the whole; a part can be empty.
     """
     images, labels = part
     n = len(labels)
     order = torch.arange(n) if key is None else torch.randperm(n, generator=seeded(*key))
     order = order.to(images.device)
     mean, std = (255 * torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
-    for step, (start, end) in enumerate(bounds(n, batch_size)[first:], first):
+    steps = list(enumerate(bounds(n, batch_size, least)))[first::every]
+    for step, (start, end) in steps:
         index = order[start:end]
         x, y = images[index].to(device, non_blocking=True), labels[index].to(device, non_blocking=True)
         if key is not None:
             x = crop_and_flip(x, crop_pad, flip, seeded(*key, step, device=device))
-        yield (x.float() - mean) / std, y
+        own = slice(*(len(y) * i // share[1] for i in (share[0], share[0] + 1)))
+        yield (x[own].float() - mean) / std, y[own]
 
 
-def bounds(n, batch_size):
-    """The (start, end) of each batch of n images, see batches."""
+def bounds(n, batch_size, least=1):
+    """The (start, end) of each batch of n images. Fewer left over than `least` join the batch before."""
     starts = list(range(0, n, batch_size))
-    if len(starts) > 1 and n - starts[-1] == 1:
+    if len(starts) > 1 and n - starts[-1] < least:
         starts.pop()
     return list(zip(starts, [*starts[1:], n], strict=False))
 

@@ -39,8 +39,10 @@ class MLP(nn.Module):
 
     `hidden` holds the widths of the hidden layers. hidden=(256, 128, 64), dropout=0.2, batch_norm=False is the
     FeedForwardNet of the articles (242,762 parameters on MNIST), hidden=(128,), dropout=0, batch_norm=False their
-    SimpleNN. The defaults are wider and put batch norm (arXiv:1502.03167) before each ReLU. The last layer starts at
-    zero, so that the first loss is ln(num_classes). Raises ValueError for sizes that make no network.
+    SimpleNN. The defaults are wider and put batch norm (arXiv:1502.03167) before each ReLU; with it the last layer
+    starts at zero, so that the first loss is ln(num_classes). Without, it starts as torch starts it: at the articles'
+    small rates a net with a zero layer on top would lose most of its first epoch. Raises ValueError for sizes that
+    make no network.
     """
 
     def __init__(self, *, image_size=28, channels=1, num_classes=10, hidden=(1024, 1024), dropout=0.2, batch_norm=True):
@@ -59,8 +61,9 @@ class MLP(nn.Module):
             width = next_width
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(width, num_classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        if batch_norm:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
 
     def forward(self, images):
         return self.head(self.layers(images))

@@ -16,30 +16,49 @@ COLUMNS = "epoch step lr train_loss train_acc val_loss val_acc seconds images_pe
 
 
 def claim(out, default, going_on=False):
-    """Create the folder `out`, or default, default-2, default-3 ..., and its log.txt; return its path.
+    """Create the folder `out`, or default, default-2, default-3 ..., and lock its log.txt; return (folder, open log).
 
-    A folder that holds a run already is never taken, unless going_on. Raises ValueError if it can't be written.
+    A folder that holds a run already is never taken, unless going_on, and never while that run is alive: the lock goes
+    with its process. Raises ValueError for that and if the folder can't be written.
     """
     candidates = [Path(out)] if out else [Path(default), *(Path(f"{default}-{n}") for n in range(2, 10000))]
     for folder in candidates:
-        if (folder / "log.txt").exists() and not going_on:
-            continue
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "log.txt").open("a").close()
+            log = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")
         except OSError as error:
             raise ValueError(f"--out {folder} can't be written ({error.strerror}): name another folder") from None
-        return folder
+        if not lock(log):
+            if out:
+                raise ValueError(f"--out {folder} is being written by a run that is alive: name another folder")
+        elif log.tell() == 0 or going_on:
+            return folder, log
+        log.close()
     raise ValueError(f"--out {candidates[0]} holds a run already: name another folder, or --resume its last.pt")
 
 
-def make_say(path):
-    """A function that prints a line and appends it to the file at `path`."""
-    file = open(path, "a", buffering=1, encoding="utf-8")
+def lock(file):
+    """Lock a file for this process; False if another one has it. Always True on Windows."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def make_say(log):
+    """A function that prints a line and appends it to the file `log`, if there is one."""
 
     def say(line):
         print(line, flush=True)
-        file.write(line + "\n")
+        if log:
+            log.write(line + "\n")
 
     return say
 

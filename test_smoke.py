@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,8 @@ def test_shapes_and_first_loss(model):
     images = images_for(model)
     logits = model.eval()(images)
     assert logits.shape == (8, 10)
-    if not (isinstance(model, cnn_cifar10.CNN) and model.model_args["arch"] == "plain"):  # has torch's own start
+    articles = model.model_args.get("arch") == "plain" or model.model_args.get("batch_norm") is False
+    if not articles:  # theirs start as torch starts them
         loss = F.cross_entropy(logits, torch.arange(8))
         assert loss.item() == pytest.approx(math.log(10))
 
@@ -392,7 +394,7 @@ def test_every_optimizer_learns_at_its_own_rate(opt):
     for step in range(250):
 
         def gradient():
-            return train.backward(model, images, labels, args, "fp32", scaler, optimizer)
+            return train.backward(model, images, labels, 64, args, "fp32", scaler, optimizer)
 
         if opt == "lbfgs":
             losses.append(train.step_with_closure(optimizer, gradient, step)[0].item())
@@ -437,7 +439,7 @@ def test_pieces_add_up_to_the_batch():
     gradients, results = [], []
     for accum in (1, 4):
         args = train.parse_args(["--accum", str(accum), "--smoothing", "0.1"])[0]
-        results.append(train.backward(model, images, labels, args, "fp32", scaler, optimizer))
+        results.append(train.backward(model, images, labels, 23, args, "fp32", scaler, optimizer))
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert torch.allclose(results[0], results[1], rtol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
@@ -516,8 +518,9 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 def test_no_batch_of_one():
-    assert datasets.bounds(9, 4) == [(0, 4), (4, 9)]
-    assert datasets.bounds(10, 4) == [(0, 4), (4, 8), (8, 10)]
+    assert datasets.bounds(9, 4, least=2) == [(0, 4), (4, 9)]
+    assert datasets.bounds(10, 4, least=2) == [(0, 4), (4, 8), (8, 10)]
+    assert datasets.bounds(9, 4) == [(0, 4), (4, 8), (8, 9)]
     assert datasets.bounds(1, 4) == [(0, 1)] and datasets.bounds(0, 4) == []
 
 
@@ -849,34 +852,127 @@ def without_times(checkpoint):
     return {k: v for k, v in checkpoint.items() if k not in ("seconds", "args", "metrics")} | dict(history=history)
 
 
-@pytest.mark.parametrize("opt, sched", [("adamw", "cosine"), ("sgd", "plateau"), ("lbfgs", "restarts")])
-def test_resuming_gives_the_same_bits(opt, sched, tiny, monkeypatch):
-    flags = [*TINY_MLP, "--epochs", 4, "--opt", opt, "--sched", sched]
-    assert call(*flags, "--out", "straight") == 0
+def halt(monkeypatch, at):
+    """Send this process a Ctrl-C during the given step of a run."""
     real, calls = train.backward, []
 
-    def interrupted(*args):
+    def backward(*args):
         calls.append(1)
-        if len(calls) == 3:  # inside the second epoch
+        if len(calls) == at:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(train, "backward", interrupted)
-    assert call(*flags, "--out", "halted") == 130
-    result = json.loads(Path("halted/result.json").read_text())
-    assert result["stopped"] == "interrupted" and result["test_acc"] is None
-    assert call("--resume", "halted/last.pt") == 0
-    a, b = (checkpoints.load(f"{name}/last.pt") for name in ("straight", "halted"))
-    assert same(without_times(a), without_times(b))
-    assert same(dict(weights("straight/best.pt")), dict(weights("halted/best.pt")))
+    monkeypatch.setattr(train, "backward", backward)
+
+
+def assert_same_run(a, b):
+    """The same bits in best.pt, last.pt and metrics.csv, times aside."""
+    assert same(*(without_times(checkpoints.load(f"{run}/last.pt")) for run in (a, b)))
+    assert same(*(dict(weights(f"{run}/best.pt")) for run in (a, b)))
+    assert checkpoints.load(f"{a}/best.pt")["epoch"] == checkpoints.load(f"{b}/best.pt")["epoch"]
+    tables = [[line.rsplit(",", 2)[0] for line in Path(run, "metrics.csv").read_text().split()] for run in (a, b)]
+    assert tables[0] == tables[1] and len(tables[0]) > 1
+
+
+@pytest.mark.parametrize(
+    "flags, steps",
+    [("", range(1, 9)), ("--opt sgd --sched plateau --dropout 0.5", (3, 4)), ("--opt lbfgs --sched restarts", (3, 9))],
+)
+def test_resuming_gives_the_same_bits(flags, steps, tiny, monkeypatch):
+    flags = [*TINY_MLP, "--epochs", 4, *flags.split()]
+    assert call(*flags, "--out", "straight") == 0
+    for at in steps:
+        with monkeypatch.context() as patch:
+            halt(patch, at)
+            assert call(*flags, "--out", f"halted-{at}") == 130
+        result = json.loads(Path(f"halted-{at}/result.json").read_text())
+        assert result["stopped"] == "interrupted" and result["test_acc"] is None
+        assert call("--resume", f"halted-{at}/last.pt") == 0
+        assert_same_run("straight", f"halted-{at}")
+
+
+def test_saves_inside_an_epoch(tiny, monkeypatch):
+    flags = [*TINY_MLP, "--batch-size", 10, "--epochs", 2, "--save-every", 5]
+    assert call(*flags, "--out", "straight") == 0
+    real, calls = train.backward, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 20:
+            raise KeyError("as a kill: nothing is saved after this")
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(train, "backward", dies)
+        call(*flags, "--out", "killed")
+    assert checkpoints.load("killed/last.pt")["step"] == 15
+    assert call("--resume", "killed/last.pt") == 0
+    assert_same_run("straight", "killed")
+
+
+def test_a_kill_between_last_and_best_loses_nothing(tiny, monkeypatch):
+    assert call(*TINY_MLP, "--epochs", 2, "--out", "straight") == 0
+    real = checkpoints.save
+
+    def save(content, path):
+        if path.name == "best.pt":
+            raise KeyError("killed here")
+        real(content, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(checkpoints, "save", save)
+        call(*TINY_MLP, "--epochs", 2, "--out", "killed")
+    assert call("--resume", "killed/last.pt") == 0
+    assert_same_run("straight", "killed")
+
+
+def test_resuming_elsewhere_and_for_longer(tiny, capsys):
+    assert call(*TINY_MLP, "--epochs", 2, "--lr", 0.1, "--out", "run") == 0
+    best = weights("run/best.pt")
+    assert call("--resume", "run/last.pt", "--epochs", 3, "--out", "longer") == 0
+    assert "--epochs 2.0 -> 3.0" in Path("longer/log.txt").read_text()
+    result = json.loads(Path("longer/result.json").read_text())
+    assert result["epochs_run"] == 3 and result["args"]["epochs"] == 3
+    if result["best_epoch"] < 3:
+        assert same(dict(weights("longer/best.pt")), dict(best))
+    shutil.move("longer", "moved")  # a folder may be renamed: last.pt's own place counts
+    assert call("--resume", "moved/last.pt", "--epochs", 4) == 0
+    assert not Path("longer").exists() and checkpoints.load("moved/last.pt")["epoch"] == 4
+
+
+def test_an_early_stop_survives_a_resume(tiny, monkeypatch):
+    scripted(monkeypatch, [0.4, 0.3, 0.3])
+    flags = [*TINY_MLP, "--epochs", 9, "--warmup-epochs", 0, "--patience", 2]
+    assert call(*flags, "--out", "run") == 0
+    scripted(monkeypatch, [])
+    assert call("--resume", "run/last.pt") == 0  # it has waited long enough already: no further epoch
+    assert json.loads(Path("run/result.json").read_text())["stopped"] == "early stop"
 
 
 def test_resume_refuses_another_run(tiny, capsys):
     assert call(*TINY_MLP, "--out", "run") == 0
-    assert call("--resume", "run/last.pt", "--lr", 0.5) == 2
-    assert "--lr 0.5" in capsys.readouterr().err
-    assert call("--resume", "run/last.pt", "--epochs", 2, "--batch-size", 64) == 0
-    assert checkpoints.load("run/last.pt")["step"] == 4
+    before = Path("run/last.pt").read_bytes()
+    for flags, words in (
+        (["--lr", 0.5], ["--lr 0.5", "0.002"]),
+        (["--batch-size", 32], ["--batch-size 32", "64"]),
+        (["--seed", 1], ["--seed 1", "0"]),
+        (["--hidden", 8], ["--hidden (8,)", "(16,)"]),
+        (["--model", "vit"], ["--model vit", "mlp"]),
+    ):
+        assert call("--resume", "run/last.pt", *flags) == 2
+        said = capsys.readouterr().err
+        assert all(word in said for word in words) and len(said.splitlines()) == 1, said
+    assert Path("run/last.pt").read_bytes() == before
+
+
+def test_resume_refuses_other_images(tiny, monkeypatch, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    more = datasets.shapes()
+    more.train = tuple(torch.cat((t, t)) for t in more.train)
+    monkeypatch.setattr(datasets, "shapes", lambda: more)
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 2
+    said = capsys.readouterr().err
+    assert "2 steps" in said and len(said.splitlines()) == 1
 
 
 def test_sigterm_saves(tmp_path):
@@ -891,12 +987,94 @@ def test_sigterm_saves(tmp_path):
     assert checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)["step"] > 0
 
 
+def test_a_second_signal_leaves_at_once(tmp_path):
+    command = [sys.executable, HERE / "train.py", *TINY_MLP, "--epochs", "500", "--out", "run", "--save-every", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            process.send_signal(signal.SIGSTOP)  # so that both wait for it together
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGCONT)
+            break
+    process.stdout.read()
+    assert process.wait(timeout=60) in (-signal.SIGTERM, -signal.SIGINT, 130, 143)
+    assert checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)["step"] > 0
+
+
+def test_two_runs_do_not_share_a_folder(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    with open("run/log.txt", "a") as log:
+        assert outputs.lock(log)  # as a run that is alive has it
+        before = log.tell()
+        for flags in (["--resume", "run/last.pt", "--epochs", 2], [*TINY_MLP, "--out", "run"]):
+            assert call(*flags) == 2
+            assert "alive" in capsys.readouterr().err
+        assert log.seek(0, 2) == before
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 0  # the lock went with its owner
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tiny, monkeypatch, capsys):
+    real, calls = os.fsync, []
+
+    def fsync(file):
+        calls.append(1)
+        if len(calls) > 6:
+            raise OSError(28, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert call(*TINY_MLP, "--epochs", 9, "--out", "run") == 1
+    said = capsys.readouterr().err
+    assert "No space left" in said and len(said.splitlines()) == 1
+    assert checkpoints.load("run/last.pt")["epoch"] >= 1 and not list(Path("run").glob("*.tmp"))
+    monkeypatch.setattr(os, "fsync", real)
+    assert call("--resume", "run/last.pt") == 0
+
+
+def test_a_file_limit_is_met_in_a_real_process(tmp_path):
+    """The system itself refuses to write more than 100 kB; the checkpoint has twice as much."""
+    code = "import resource, sys, train; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    done = python("-c", code + f"sys.exit(train.main({[*TINY_MLP, '--out', str(tmp_path / 'run')]}))", cwd=HERE)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "too large" in done.stderr, done.stderr
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"log.txt"}
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_is_one_line(error, tiny, monkeypatch, capsys):
+    def backward(*args):
+        raise error
+
+    monkeypatch.setattr(train, "backward", backward)
+    assert call(*TINY_MLP) == 1
+    said = capsys.readouterr().err
+    assert "--batch-size 64" in said and "--accum" in said and len(said.splitlines()) == 1
+
+
 @pytest.mark.parametrize("flags", [["--lr", "1e30"], ["--lr", "1e30", "--opt", "sgd", "--clip-grad", "1e38"]])
 def test_a_loss_that_is_not_finite_ends_the_run(flags, tiny, capsys):
     assert call(*TINY_MLP, "--epochs", 5, "--warmup-epochs", 0, "--out", "run", *flags) == 1
     said = capsys.readouterr().out.splitlines()[-1]
     assert "at step" in said and "learning rate" in said and "lower --lr" in said
     assert json.loads(Path("run/result.json").read_text())["stopped"] == "non-finite loss"
+
+
+@pytest.mark.parametrize("more", [[], ["--log-interval", 1], ["--save-every", 1]])
+def test_a_loss_that_is_not_finite_keeps_what_was_good(more, tiny, monkeypatch, capsys):
+    real, calls = train.backward, []
+
+    def backward(net, images, *rest):
+        calls.append(1)
+        return real(net, images * math.nan if len(calls) == 5 else images, *rest)
+
+    monkeypatch.setattr(train, "backward", backward)
+    assert call(*TINY_MLP, "--batch-size", 32, "--epochs", 3, "--out", "run", *more) == 1
+    assert "the training loss is nan at step 5, learning rate" in capsys.readouterr().out
+    assert len(calls) == (5 if more else 8)  # within one report
+    assert checkpoints.load("run/best.pt")["epoch"] == 1  # load refuses weights that are not finite
+    assert checkpoints.load("run/last.pt")["epoch"] == 1
 
 
 def test_models_learn_on_shapes_from_the_command_line(tmp_path):
@@ -980,6 +1158,182 @@ def test_eval_refuses_what_does_not_fit(tiny, capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+class Harm:
+    """A pickle of this leaves a file behind when it's loaded carelessly."""
+
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+def damaged_checkpoints(good):
+    """name -> a function that writes a bad checkpoint to a path, given the content of a good one."""
+
+    def changed(**more):
+        return lambda path: torch.save(good | more, path)
+
+    def repacked(compression=zipfile.ZIP_STORED, alter=lambda name, raw: raw):
+        def write(path):
+            torch.save(good, path)
+            with zipfile.ZipFile(path) as file:
+                entries = [(name, file.read(name)) for name in file.namelist()]
+            with zipfile.ZipFile(path, "w", compression) as file:
+                for name, raw in entries:
+                    file.writestr(name, alter(name, raw))
+
+        return write
+
+    def flipped(path):
+        torch.save(good, path)
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw)
+
+    first = next(iter(good["state_dict"]))
+    big = torch.zeros(1).as_strided((10**6, 10**6), (0, 0))  # claims 4 TB, holds 4 bytes
+    bad_weights = good["state_dict"] | {first: good["state_dict"][first] * math.nan}
+    return {
+        "empty": lambda path: path.write_bytes(b""),
+        "text": lambda path: path.write_text("no checkpoint"),
+        "picture": lambda path: Image.new("RGB", (8, 8)).save(path, "png"),
+        "truncated": lambda path: (torch.save(good, path), path.write_bytes(path.read_bytes()[:-2000])),
+        "half": lambda path: (torch.save(good, path), path.write_bytes(path.read_bytes()[:1000])),
+        "one bit flipped": flipped,
+        "only weights": lambda path: torch.save(good["state_dict"], path),
+        "a list": lambda path: torch.save([good], path),
+        "a whole model": lambda path: torch.save(mlp_mnist.MLP(hidden=(4,)), path),
+        "code": lambda path: torch.save(good | dict(metrics=Harm()), path),
+        "code in a plain pickle": lambda path: path.write_bytes(pickle.dumps(good | dict(metrics=Harm()))),
+        "missing keys": lambda path: torch.save({k: v for k, v in good.items() if k != "classes"}, path),
+        "wrong types": changed(model_args="hidden=16"),
+        "another model's name": changed(model="resnet"),
+        "another version": changed(model_args=good["model_args"] | dict(width=3)),
+        "other sizes": changed(model_args=good["model_args"] | dict(hidden=(17,))),
+        "huge sizes": changed(model_args=good["model_args"] | dict(hidden=(10**7, 10**7))),
+        "a huge tensor": changed(state_dict=good["state_dict"] | {first: big}),
+        "weights of text": changed(state_dict=good["state_dict"] | {first: "text"}),
+        "NaN weights": changed(state_dict=bad_weights),
+        "compressed": repacked(
+            zipfile.ZIP_DEFLATED, lambda name, raw: raw + bytes(10**7) if "data.pkl" in name else raw
+        ),
+        "storage cut short": repacked(alter=lambda name, raw: raw[:4] if "/data/" in name else raw),
+    }
+
+
+def test_bad_checkpoints_are_refused(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    good = checkpoints.load("run/last.pt")
+    capsys.readouterr()
+    for name, write in damaged_checkpoints(good).items():
+        write(path := tiny / "bad.pt")
+        for flag in ("--eval", "--resume"):
+            assert refused(flag, path) == 2, (name, flag)
+            said = capsys.readouterr().err
+            assert len(said.splitlines()) == 1 and len(said) < 500, (name, said)
+            assert sorted(f.name for f in tiny.iterdir()) == ["bad.pt", "run"], name
+
+
+def test_resume_refuses_what_does_not_fit(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    good = checkpoints.load("run/last.pt")
+    for change in (
+        dict(history=[dict(epoch=1)]), dict(history=[3]), dict(optimizer={}), dict(seen=torch.zeros(9, 3)),
+        dict(rng=[3]), dict(args=good["args"] | dict(colour="red")), dict(args={}),
+    ):  # fmt: skip
+        torch.save(good | change, "run/last.pt")
+        capsys.readouterr()
+        assert call("--resume", "run/last.pt") == 2, change
+        said = capsys.readouterr().err
+        assert "--resume" in said and len(said.splitlines()) == 1, said
+
+
+def spoiled_mnist(root):
+    """name -> a function that damages the files of write_mnist, and a word of the message."""
+    raw = root / "MNIST" / "raw"
+    images, labels = raw / "train-images-idx3-ubyte", raw / "train-labels-idx1-ubyte"
+
+    def cut(path, start=0, end=None):
+        return lambda: path.write_bytes(path.read_bytes()[start:end])
+
+    return {
+        "wrong magic number": lambda: images.write_bytes(b"\x01\x02\x03\x04" + images.read_bytes()[4:]),
+        "short": cut(images, end=-100),
+        "empty": cut(images, end=0),
+        "only a header": cut(images, end=16),
+        "labels short": cut(labels, end=-1),
+        "a label out of range": lambda: labels.write_bytes(labels.read_bytes()[:-1] + b"\x0b"),
+        "fewer labels than images": lambda: write_idx(labels, torch.zeros(20, dtype=torch.uint8)),
+    }
+
+
+@pytest.mark.parametrize("case", spoiled_mnist(Path()).keys())
+def test_bad_mnist_files_are_refused(case, tiny, capsys):
+    write_mnist(tiny / "data")
+    spoiled_mnist(tiny / "data")[case]()
+    assert call("--model", "mlp", "--hidden", 8) == 2  # files that are there but damaged are no reason for a fallback
+    said = capsys.readouterr().err
+    assert "mnist" in said and "damaged" in said and len(said.splitlines()) == 1, said
+    assert not Path("runs").exists()
+
+
+def test_images_of_many_modes_and_odd_names(tmp_path):
+    root = tmp_path / "my images"
+    for part in ("train", "test"):
+        for name in ("Käse und Brot", "猫"):
+            (root / part / name).mkdir(parents=True)
+            Image.new("RGB", (12, 12)).save(root / part / name / "plain.png")
+    folder = root / "train" / "猫"
+    Image.new("L", (12, 40), 200).save(folder / "grey und schmal.png")
+    Image.new("LA", (40, 12), (200, 10)).save(folder / "grey alpha.png")
+    Image.new("RGBA", (12, 12), (200, 0, 0, 0)).save(folder / "alpha.png")
+    Image.new("P", (12, 12), 3).save(folder / "palette.gif")
+    Image.new("1", (12, 12), 1).save(folder / "bits.png")
+    Image.new("CMYK", (12, 12), (0, 255, 255, 0)).save(folder / "cmyk.jpg")
+    Image.fromarray(torch.full((12, 12), 51_400).to(torch.uint16).numpy()).save(folder / "16 bit.png")
+    frames = [Image.new("RGB", (12, 12), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
+    (folder / ".hidden.png").write_bytes(b"not looked at")
+    (folder / "notes.txt").write_text("not looked at")
+    data = datasets.load(str(root), tmp_path)
+    first = {Path(p).name: image[:, 6, 6].tolist() for p, image in zip(
+        sorted(str(f) for f in folder.iterdir() if f.suffix != ".txt" and f.name[0] != "."),
+        data.train[0][data.train[1] == 1], strict=True)}  # fmt: skip
+    assert data.classes == ["Käse und Brot", "猫"] and len(first) == 9
+    assert first["grey und schmal.png"] == first["grey alpha.png"] == first["16 bit.png"] == [200] * 3
+    assert first["alpha.png"] == [200, 0, 0] and first["bits.png"] == [255] * 3
+    assert first["animated.gif"] == pytest.approx([255, 0, 0], abs=2)
+    assert first["cmyk.jpg"][0] > 200 and max(first["cmyk.jpg"][1:]) < 60
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda root: (root / "train" / "dog" / "loop.png").symlink_to("loop.png"), ["loop.png"]),
+        (lambda root: (root / "train" / "dog" / "gone.png").symlink_to("nowhere.png"), ["gone.png"]),
+        (lambda root: (root / "train" / "dog" / "deep.png").mkdir(), ["deep.png"]),
+        (lambda root: (root / "train" / "dog" / "cut.png").write_bytes(
+            (root / "train" / "dog" / "1.png").read_bytes()[:300]), ["1 of 19", "cut.png"]),
+    ],
+)  # fmt: skip
+def test_odd_files_in_a_folder_are_named(spoil, words, tiny, capsys):
+    spoil(write_folder(tiny / "pets"))
+    assert call("--model", "cnn", "--widths", "8", "--data", tiny / "pets") == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and all(word in said for word in words), said
+
+
+def test_a_folder_that_changes_while_it_is_decoded(tiny, monkeypatch, capsys):
+    root, decode = write_folder(tiny / "pets"), datasets.decode
+
+    def changing(path, size):
+        Path(path).touch()
+        os.utime(path, (1, 1))
+        return decode(path, size)
+
+    monkeypatch.setattr(datasets, "decode", changing)
+    assert call("--model", "cnn", "--widths", "8", "--data", root) == 2
+    assert "changed while" in capsys.readouterr().err and not Path("data/cache").exists()
+
+
 # What each flag changes, against the tiny run: (flags of both runs, flags of the second, what differs).
 EFFECTS = {
     "model": ("", "--model vit --dim 16 --depth 1 --heads 2", "weights"),
@@ -991,6 +1345,7 @@ EFFECTS = {
     "amp": ("--amp off", "--amp bf16", "weights"),
     "out": ("", "--out elsewhere", "folder"),
     "log_interval": ("", "--log-interval 1", "log"),
+    "save_every": ("", "--save-every 1", "saves"),
     "resume": ("", "--resume nowhere.pt", "status"),
     "eval": ("", "--eval nowhere.pt", "status"),
     "data": ("", "--data pets", "weights"),
@@ -1039,17 +1394,19 @@ EFFECTS = {
 }
 
 
-def test_no_dead_flag(tiny, capsys):
+def test_no_dead_flag(tiny, monkeypatch, capsys):
     """Every flag of every model is in the table above, and changes there what it says."""
     flags = {dest for name in train.MODELS for dest in vars(train.make_parser(name).parse_args([]))}
     assert flags == set(EFFECTS)
     write_folder(tiny / "pets", (16, 16), train_count=70)
     base = "--model mlp --hidden 16 --data shapes --epochs 1 --batch-size 64"
     small_vit = "--model vit --patch-size 16 --dim 16 --depth 1 --heads 2 --mlp-dim 16"
-    ran = {}
+    ran, saved, save = {}, [], checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda content, path: (saved.append(path), save(content, path)))
 
     def observe(line):
         if line not in ran:
+            saved.clear()
             shutil.rmtree("runs", ignore_errors=True)
             words = line.split()
             if "--model cnn" in line or "--model vit" in line:
@@ -1061,6 +1418,7 @@ def test_no_dead_flag(tiny, capsys):
             )
             if out:
                 seen |= dict(weights=dict(weights(out / "last.pt")), best=checkpoints.load(out / "best.pt")["epoch"])
+            seen |= dict(saves=len(saved))
             ran[line] = seen
         return ran[line]
 
@@ -1083,9 +1441,12 @@ ALONE = {
     "optimizers.py": "from optimizers import *; m = torch.nn.Linear(2, 2); "
     "OPTIMIZERS['sgd'](parameter_groups(m, weight_decay=1), lr=1, momentum=0, nesterov=False).step()",
     "early_stopping.py": "from early_stopping import *; assert best_row([dict(epoch=1, val_acc=1.)], 'val_acc')",
-    "checkpoints.py": "import checkpoints; checkpoints.save({'a': 1}, 'a.pt'); checkpoints.load('a.pt', keys={'a'})",
+    "checkpoints.py": "import checkpoints; checkpoints.save({'a': 1}, 'a.pt'); "
+    "checkpoints.load('a.pt', keys={'a': int})",
     "devices.py": "import devices; devices.choose_precision('auto', devices.choose_device('auto'))",
-    "outputs.py": "import outputs; outputs.claim(None, 'runs/a'); assert outputs.claim(None, 'runs/a').name == 'a-2'",
+    "outputs.py": "import outputs; a = outputs.claim(None, 'runs/a'); b = outputs.claim(None, 'runs/a'); "
+    "assert b[0].name == 'a-2'",
+    "processes.py": "import processes; assert processes.count() == 1 and processes.once(lambda: 3) == 3",
     "plot.py": "import plot; r = dict(epoch=1, lr=1, train_loss=1, train_acc=0, val_loss=1, val_acc=0); "
     "plot.draw({'a': [r, r | dict(epoch=2)]}, 'a.png')",
 }
@@ -1120,3 +1481,27 @@ def test_multiply_adds_are_right(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mlp_mnist.py", "--hidden", "128", "--no-batch-norm"])
     mlp_mnist.main()
     assert f"{784 * 128 + 128 * 10:,} an image" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- README
+
+RESULTS = HERE / "results"
+
+
+def results_table():
+    """The rows of README's table of figures, made from the result files."""
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        command = result["command"].removeprefix("python ")
+        data = result["data"].replace("cifar10-images", "CIFAR-10 as JPEG").replace("mnist", "MNIST")
+        acc, seconds = f"{result['test_acc']:.4f}", f"{result['train_seconds']:.0f} s"
+        rows.append(f"| `{command}` | {data} | {acc} | {seconds} | [{path.stem}](results/{path.name}) |")
+    return rows
+
+
+def test_figures_of_the_readme_are_those_of_the_result_files():
+    text = (HERE / "README.md").read_text()
+    rows = results_table()
+    assert rows and all(row in text for row in rows), "README.md should have these rows:\n" + "\n".join(rows)
+    assert text.count("](results/") == len(rows) + text.count("](results/)") + text.count(".png)")

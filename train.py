@@ -5,14 +5,15 @@
     python train.py --model cnn --data path/to/images --epochs 20   # yours: train/<class>/*, test/<class>/*
     python train.py --resume runs/vit-cifar10-adamw-cosine/last.pt
     python train.py --eval runs/vit-cifar10-adamw-cosine/best.pt
+    torchrun --nproc_per_node 2 train.py --model vit                # several processes
 
 The rooms of this file: arguments, set-up, one pass, the run, main. Every file that it imports can be copied alone.
 """
 
 import argparse
-import contextlib
 import functools
 import math
+import os
 import platform
 import signal
 import sys
@@ -31,6 +32,7 @@ import mlp_mnist
 import optimizers
 import outputs
 import plot
+import processes
 import schedulers
 import vit
 
@@ -58,6 +60,7 @@ def make_parser(model):
     flag("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision: auto is bf16 where native")
     flag("--out", metavar="DIR", help="output folder (runs/<model>-<data>-<opt>-<sched>)")
     flag("--log-interval", type=int, default=0, metavar="N", help="report every N steps too (0: every epoch)")
+    flag("--save-every", type=int, default=0, metavar="N", help="write last.pt every N steps too (0: every epoch)")
     flag("--resume", metavar="FILE", help="go on with the run that wrote this last.pt")
     flag("--eval", metavar="FILE", help="print the test accuracy of this checkpoint and nothing else")
 
@@ -90,14 +93,23 @@ def make_parser(model):
 def parse_args(argv=None):
     """The arguments of a run: what the user gave, else the model's RECIPE, else the optimizer's and common defaults.
 
-    Returns them, and as a dict those that the user gave. Raises ValueError for what can be seen to be wrong in them.
+    Returns them, as a dict those that the user gave, and the checkpoint to go on from or None. Raises ValueError for
+    what can be seen to be wrong in them.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default="mlp")
     first.add_argument("--resume")
+    first.add_argument("--out")
     chosen = first.parse_known_args(argv)[0]
-    resumed = checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS)["args"] if chosen.resume else {}
-    model = resumed.get("model", chosen.model if chosen.model in MODELS else "mlp")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and chosen.out and not chosen.resume:
+        last = Path(chosen.out) / "last.pt"  # torchrun has started the run anew after a failure
+        chosen.resume = str(last) if processes.once(last.exists) else None
+    checkpoint = None
+    if chosen.resume:
+        checkpoint = processes.once(lambda: checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS))
+    resumed = checkpoint["args"] if checkpoint else {}
+    model = resumed.get("model", chosen.model)
+    model = model if model in MODELS else "mlp"  # the parser refuses it
 
     parser, recipe = make_parser(model), MODELS[model][0].RECIPE
     defaults = vars(parser.parse_args([]))
@@ -106,9 +118,9 @@ def parse_args(argv=None):
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
 
-    if resumed:
-        refuse_another_run(resumed, given)
-        args = argparse.Namespace(**resumed | given)
+    if checkpoint:
+        refuse_another_run(resumed, given, defaults)
+        args = argparse.Namespace(**resumed | given | dict(resume=chosen.resume))
     else:
         opt = given.get("opt", recipe["opt"])
         if opt != recipe["opt"]:  # the recipe's rate, decay, momentum ... were chosen for its own optimizer
@@ -118,12 +130,18 @@ def parse_args(argv=None):
             args.warmup_epochs = min(args.warmup_epochs, args.epochs / 5)
     if not args.eval:
         check(args, given)
-    return args, given
+    return args, given, checkpoint
 
 
-def refuse_another_run(resumed, given):
-    """A resumed run may be prolonged and moved. Anything else would make its figures those of no run at all."""
-    for name in given.keys() - {"resume", "epochs", "patience", "device", "out", "data_dir", "log_interval"}:
+# A resumed run may be prolonged and moved. Anything else would make its figures those of no run at all.
+MAY_CHANGE = {"resume", "epochs", "patience", "device", "out", "data_dir", "log_interval", "save_every"}
+
+
+def refuse_another_run(resumed, given, defaults):
+    if resumed.keys() != defaults.keys():
+        odd = ", ".join(sorted(resumed.keys() ^ defaults.keys()))
+        raise ValueError(f"--resume holds a run of another version of train.py: they differ in {odd}")
+    for name in given.keys() - MAY_CHANGE:
         if given[name] != resumed[name]:
             raise ValueError(
                 f"{flag_name(name)} {given[name]} would make it another run: the one in --resume has {resumed[name]}"
@@ -143,6 +161,7 @@ def check(args, given):
         ("accum", f"{whole} 1 and at most --batch-size", lambda x: 1 <= x <= args.batch_size),
         ("seed", f"{whole} 0", lambda x: x >= 0),
         ("log_interval", f"{whole} 0", lambda x: x >= 0),
+        ("save_every", f"{whole} 0", lambda x: x >= 0),
         ("img_size", f"{whole} 1", lambda x: x is None or x >= 1),
         ("val_split", "0, a fraction below 1 or a count", lambda x: 0 <= x < 1 or (x < math.inf and x == int(x))),
         ("limit", f"{whole} 1", lambda x: x is None or x >= 1),
@@ -170,6 +189,10 @@ def check(args, given):
         raise ValueError("--nesterov needs a --momentum above 0")
     if args.opt == "lbfgs" and args.amp == "fp16":
         raise ValueError("--opt lbfgs can't scale its gradients, as --amp fp16 must: use --amp off")
+    if args.opt == "lbfgs" and processes.count() > 1:
+        raise ValueError(
+            f"--opt lbfgs searches along a line and can't do so in {processes.count()} processes: start one"
+        )
     if args.val_split == 0:
         for name in ("patience", "monitor", "min_delta"):
             if name in given:
@@ -195,7 +218,10 @@ def make_schedule(args):
 
 def load_data(args, given):
     """The dataset, and what of its training part is trained on and what is held out."""
-    data = datasets.load(args.data, args.data_dir, img_size=args.img_size, fallback="data" not in given)
+    fallback = "data" not in given and not args.resume
+    data = processes.once_a_machine(
+        lambda: datasets.load(args.data, args.data_dir, img_size=args.img_size, fallback=fallback)
+    )
     train_part, val_part = datasets.split(data.train, args.val_split, args.seed)
     if args.limit:
         train_part = datasets.limit(train_part, args.limit, args.seed)
@@ -213,11 +239,18 @@ def build(args, data):
 
 
 def rebuild(checkpoint):
-    """The trained model of a checkpoint, on the CPU."""
+    """The trained model of a checkpoint, on the CPU. Raises ValueError if it can't be."""
     if checkpoint["model"] not in MODELS:
         raise ValueError(f"the checkpoint's model {checkpoint['model']!r} is not known; known are {', '.join(MODELS)}")
-    model = MODELS[checkpoint["model"]][1](**checkpoint["model_args"])
-    model.load_state_dict(checkpoint["state_dict"])
+    try:
+        with torch.device("meta"):  # takes no memory, however large the sizes that the file claims
+            model = MODELS[checkpoint["model"]][1](**checkpoint["model_args"])
+        model.load_state_dict(checkpoint["state_dict"], assign=True)
+    except (TypeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the checkpoint's weights don't fit its model {checkpoint['model']}: {reason[:200]}"
+        ) from None
     return model
 
 
@@ -230,28 +263,78 @@ def make_optimizer(args, model):
     return optimizer
 
 
+def smallest_batch(model):
+    """Batch norm can't train on one image, in any process."""
+    norms = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    return 2 * processes.count() if norms else 1
+
+
+def first_state(args, model, train_part, device):
+    """Where a run begins: what `train` counts, as last.pt holds it."""
+    steps = len(datasets.bounds(len(train_part[1]), args.batch_size, smallest_batch(model)))
+    return dict(step=0, history=[], seconds=0.0, seen=torch.zeros(steps, 3, device=device))
+
+
+def restore(resumed, model, optimizer, scaler, state, device):
+    """Put everything back as last.pt holds it. Raises ValueError if it doesn't fit."""
+    try:
+        if (resumed["model"], resumed["model_args"]) != (resumed["args"]["model"], model.model_args):
+            raise ValueError(f"it holds a {resumed['model']} of {resumed['model_args']}")
+        if resumed["seen"].shape != state["seen"].shape:
+            raise ValueError(f"an epoch had {len(resumed['seen'])} steps and would have {len(state['seen'])} now")
+        if not all(row.keys() == set(outputs.COLUMNS) for row in resumed["history"]):
+            raise ValueError("its history has other columns")
+        model.load_state_dict(resumed["state_dict"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        if processes.rank() == 0:  # it has been added up over the processes
+            state["seen"].copy_(resumed["seen"])
+        if processes.rank() < len(resumed["rng"]):
+            devices.restore_rng(resumed["rng"][processes.rank()], device)
+        state |= {name: resumed[name] for name in ("step", "history", "seconds")}
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"--resume can't go on with this file and these images: {str(error)[:200]}") from None
+
+
 # ---------------------------------------------------------------------------------------------- one pass
 
 
-def backward(model, images, labels, args, precision, scaler, optimizer):
+def backward(model, images, labels, size, args, precision, scaler, optimizer):
     """Leave the gradient of a batch's mean loss in the parameters, clipped.
 
-    Returns the loss, the number of right answers and the gradient's norm (0 without --clip-grad) as one device tensor:
-    reading a number would make the host wait for the device in every step.
+    `images` and `labels` are this process's share of the batch, `size` is the whole one's. Returns what adds up over
+    the processes to the loss, the number of right answers and the gradient's norm (0 without --clip-grad), as one
+    device tensor: reading a number would make the host wait for the device in every step.
     """
     optimizer.zero_grad(set_to_none=True)
     result = torch.zeros(3, device=images.device)
-    for x, y in zip(images.chunk(args.accum), labels.chunk(args.accum), strict=True):
-        with devices.autocast(x.device, precision):
-            logits = model(x)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=args.smoothing) * (len(x) / len(images))
-        scaler.scale(loss).backward()
+    weight = 1 / size
+    if len(images) == 0:  # fewer images than processes: join the exchange of gradients with one that counts for nothing
+        images, labels, weight = images.new_zeros(1, *images.shape[1:]), labels.new_full((1,), -1), 0.0
+    pieces = list(zip(images.chunk(args.accum), labels.chunk(args.accum), strict=True))
+    for i, (x, y) in enumerate(pieces):
+        with processes.exchange(model, i + 1 == len(pieces)):
+            with devices.autocast(x.device, precision):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), y.clamp(0), label_smoothing=args.smoothing) * (len(x) * weight)
+            scaler.scale(loss * processes.count()).backward()  # gradients are averaged over the processes, not added
         result[0] += loss.detach()
         result[1] += (logits.argmax(1) == y).sum()
     if args.clip_grad:
         scaler.unscale_(optimizer)
-        result[2] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        if not scaler.is_enabled():  # else it's now and then infinite by design, and the step is left out
+            result[2] = norm / processes.count()
     return result
+
+
+def not_finite(rows):
+    """The place in rows of (loss, right, norm) of the first that isn't finite, and what it is; or None."""
+    for place, (loss, _, norm) in enumerate(rows):
+        if not math.isfinite(loss):
+            return place, f"the training loss is {loss}"
+        if not math.isfinite(norm):
+            return place, f"the gradient's norm is {norm}"
 
 
 def step_with_closure(optimizer, gradient, seed):
@@ -268,40 +351,38 @@ def step_with_closure(optimizer, gradient, seed):
 
 
 def evaluate(model, part, data, device, precision):
-    """The mean cross-entropy and the accuracy of a model over all images of a part."""
+    """The mean cross-entropy and the accuracy over all images of a part, the same for any number of processes."""
     model.eval()
-    total = torch.zeros(2, device=device)
+    first, every = processes.rank(), processes.count()
+    sums = torch.zeros(len(datasets.bounds(len(part[1]), EVAL_BATCH)), 2, device=device)  # by batch
     with torch.inference_mode():
-        for images, labels in datasets.batches(part, EVAL_BATCH, data.mean, data.std, device):
+        batches = datasets.batches(part, EVAL_BATCH, data.mean, data.std, device, first=first, every=every)
+        for own, (images, labels) in zip(sums[first::every], batches, strict=True):
             with devices.autocast(device, precision):
                 logits = model(images)
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            total += torch.stack((loss, (logits.argmax(1) == labels).sum()))
-    loss, right = total.tolist()
+            own[0] = F.cross_entropy(logits.float(), labels, reduction="sum")
+            own[1] = (logits.argmax(1) == labels).sum()
+    loss, right = processes.add_up(sums).sum(0, dtype=torch.float64).tolist()
     return loss / len(part[1]), right / len(part[1])
 
 
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def train(args, data, model, device, precision, out, say, train_part, val_part, optimizer, resumed, signals):
+def train(args, data, model, device, precision, out, say, parts, optimizer, scaler, state, signals):
     """Train until the last step, an early stop, a signal, or a value that isn't finite.
 
     Writes best.pt, last.pt and metrics.csv after each epoch. `signals` is the list of caught_signals.
     Returns (a row per epoch, why it stopped, the exit status).
     """
-    factor = make_schedule(args)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    sizes = [end - start for start, end in datasets.bounds(len(train_part[1]), args.batch_size)]
+    (train_part, val_part), factor = parts, make_schedule(args)
+    least = smallest_batch(model)
+    sizes = [end - start for start, end in datasets.bounds(len(train_part[1]), args.batch_size, least)]
     steps_per_epoch = len(sizes)
     total_steps = max(1, round(args.epochs * steps_per_epoch))
-    step, history, seconds = 0, [], 0.0  # seconds of training in this epoch
-    seen = torch.zeros(steps_per_epoch, 3, device=device)  # what backward returned, by step of this epoch
-    if resumed:
-        step, history, seconds = resumed["step"], resumed["history"], resumed["seconds"]
-        seen.copy_(resumed["seen"])
-        scaler.load_state_dict(resumed["scaler"])
-        devices.restore_rng(resumed["rng"], device)
+    # `seconds` of training in this epoch; what backward returned in it, by step.
+    step, history, seconds, seen = (state[name] for name in ("step", "history", "seconds", "seen"))
+    net = processes.connect(model, device)  # the same model, which exchanges gradients with the other processes
 
     def rate(step):
         return factor(step / steps_per_epoch, [row[args.monitor] for row in history])
@@ -311,26 +392,42 @@ def train(args, data, model, device, precision, out, say, train_part, val_part, 
         content = dict(model=args.model, model_args=model.model_args, state_dict=model.state_dict())
         content |= dict(classes=data.classes, image_size=shape[-1], channels=shape[1], mean=data.mean, std=data.std)
         content |= dict(epoch=len(history), metrics=history[-1] if history else {}, args=vars(args))
-        checkpoints.save(content | more, out / name)
+        if processes.rank() == 0:
+            checkpoints.save(content | more, out / name)
 
     def save_last():
-        states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=devices.rng_state(device))
-        save("last.pt", step=step, history=history, seconds=seconds, seen=seen, **states)
+        states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        states |= dict(seen=processes.add_up(seen.clone()), rng=processes.gather(devices.rng_state(device)))
+        save("last.pt", step=step, history=history, seconds=seconds, **states)
 
+    if history and processes.rank() == 0:  # a run that was killed after last.pt hasn't written these
+        outputs.write_metrics(history, out / "metrics.csv")
+        if history[-1]["step"] == step and find_best(args, history) is history[-1]:
+            save("best.pt")
     began, first_step = time.perf_counter(), step
 
     while step < total_steps:
+        best = find_best(args, history)
+        if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
+            say(early_stopping.explain(history, best, args.monitor))
+            if args.sched in ("cosine", "linear", "onecycle"):
+                say(f"The low rates at the end of --sched {args.sched} were not reached: --patience 0 lets it end.")
+            return history, "early stop", 0
+
         # Train to the end of the epoch.
         epoch, done = divmod(step, steps_per_epoch)
         end = min(steps_per_epoch, done + total_steps - step)
         start = time.perf_counter()
-        model.train()
-        order = dict(key=(args.seed, epoch), first=done, crop_pad=args.crop_pad, flip=args.flip)
-        loader = datasets.batches(train_part, args.batch_size, data.mean, data.std, device, **order)
-        for images, labels in datasets.progress(loader, total=end - done, desc=f"epoch {epoch + 1}", unit=" steps"):
+        net.train()
+        options = dict(key=(args.seed, epoch), first=done, least=least, crop_pad=args.crop_pad, flip=args.flip)
+        options |= dict(share=(processes.rank(), processes.count()))
+        loader = datasets.batches(train_part, args.batch_size, data.mean, data.std, device, **options)
+        if processes.rank() == 0:
+            loader = datasets.progress(loader, total=end - done, desc=f"epoch {epoch + 1}", unit=" steps")
+        for images, labels in loader:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate(step)
-            gradient = functools.partial(backward, model, images, labels, args, precision, scaler, optimizer)
+            gradient = functools.partial(backward, net, images, labels, sizes[done], args, precision, scaler, optimizer)
             if args.opt == "lbfgs":
                 seen[done] = step_with_closure(optimizer, gradient, seed=step)
             else:
@@ -338,23 +435,26 @@ def train(args, data, model, device, precision, out, say, train_part, val_part, 
                 scaler.step(optimizer)
                 scaler.update()
             step, done = step + 1, done + 1
-            if args.log_interval and step % args.log_interval == 0:
-                loss = seen[:done, 0].mean().item()
-                say(f"  step {step:,} of {total_steps:,}  train loss {loss:.4f}")
-                if not math.isfinite(loss):
-                    break
-            if signals or done == end:
-                break
-        rows = seen[:done].tolist()  # waits for the device, so that the clock is right
-        seconds += time.perf_counter() - start
-        for at, (loss, _, norm) in enumerate(rows, step - done):
-            if not math.isfinite(loss + norm):
-                what = f"the training loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-                say(f"{what} at step {at + 1:,}, learning rate {args.lr * rate(at):.3g}: {NOT_FINITE}")
+
+            stop = processes.any_of(signals[0] if signals else 0)
+            log, keep = (n and step % n == 0 for n in (args.log_interval, args.save_every))
+            if not (stop or log or keep or done == end):
+                continue
+            rows = processes.add_up(seen[:done].clone()).tolist()  # waits for the device, so that the clock is right
+            seconds += time.perf_counter() - start
+            if problem := not_finite(rows):
+                at = step - done + problem[0]
+                say(f"{problem[1]} at step {at + 1:,}, learning rate {args.lr * rate(at):.3g}: {NOT_FINITE}")
                 return history, "non-finite loss", 1
+            if log:
+                say(f"  step {step:,} of {total_steps:,}  train loss {sum(row[0] for row in rows) / done:.4f}")
+            if (keep or stop) and done < end:
+                save_last()
+            if stop or done == end:
+                break
+            start = time.perf_counter()
         if done < end:
-            save_last()
-            return history, "interrupted", 128 + signals[0]
+            return history, "interrupted", 128 + stop
 
         # Validate, keep the best, save, report.
         count, row = sum(sizes[:done]), dict(epoch=epoch + 1, step=step, lr=args.lr * rate(step - 1))
@@ -369,20 +469,16 @@ def train(args, data, model, device, precision, out, say, train_part, val_part, 
                 return history, "non-finite loss", 1
         row["seconds"], row["images_per_second"], seconds = seconds, count / seconds, 0.0
         history.append(row)
-        best = find_best(args, history)
-        if best is row:
-            save("best.pt")
+        is_best = find_best(args, history) is row
         save_last()
-        outputs.write_metrics(history, out / "metrics.csv")
+        if is_best:
+            save("best.pt")
+        if processes.rank() == 0:
+            outputs.write_metrics(history, out / "metrics.csv")
         left = (time.perf_counter() - began) / (step - first_step) * (total_steps - step)
-        say(outputs.epoch_line(row, math.ceil(args.epochs), best is row, left))
-        if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
-            say(early_stopping.explain(history, best, args.monitor))
-            if args.sched in ("cosine", "linear", "onecycle"):
-                say(f"The low rates at the end of --sched {args.sched} were not reached: --patience 0 lets it end.")
-            return history, "early stop", 0
-        if signals:
-            return history, "interrupted", 128 + signals[0]
+        say(outputs.epoch_line(row, math.ceil(args.epochs), is_best, left))
+        if stop:
+            return history, "interrupted", 128 + stop
     return history, "finished", 0
 
 
@@ -397,7 +493,9 @@ def finish(args, data, model, device, precision, out, say, history, stopped):
     """Read the test set, once, with the best weights, if the run has ended; write result.json and curves.png."""
     best, test_loss, test_acc = find_best(args, history), None, None
     if stopped in ("finished", "early stop"):
-        model.load_state_dict(checkpoints.load(out / "best.pt")["state_dict"])
+        if processes.rank() == 0:
+            model.load_state_dict(checkpoints.load(out / "best.pt")["state_dict"])
+        processes.spread(model)
         test_loss, test_acc = evaluate(model, data.test, data, device, precision)
         why = (
             f"best {args.monitor}, {best[args.monitor]:.4f}" if args.val_split else "the last one, as none was held out"
@@ -406,6 +504,8 @@ def finish(args, data, model, device, precision, out, say, history, stopped):
         say(f"test acc {test_acc:.4f}  loss {test_loss:.4f}  ({data.name}, {len(data.test[1]):,} images, read once)")
     elif stopped == "interrupted":
         say(f"interrupted: python train.py --resume {out / 'last.pt'} goes on from here")
+    if processes.rank() > 0:
+        return
     seconds = sum(row["seconds"] for row in history)
     images = sum(row["seconds"] * row["images_per_second"] for row in history)
     result = dict(model=args.model, data=data.name, test_acc=test_acc, test_loss=test_loss)
@@ -437,37 +537,48 @@ def print_test(args, given):
     if given.get("model", checkpoint["model"]) != checkpoint["model"]:
         raise ValueError(f"{args.eval} holds a {checkpoint['model']}, not --model {args.model}")
     name = given.get("data", checkpoint["args"]["data"])
-    data = datasets.load(name, args.data_dir, img_size=checkpoint["image_size"])
+    data = processes.once_a_machine(lambda: datasets.load(name, args.data_dir, img_size=checkpoint["image_size"]))
     if data.classes != checkpoint["classes"]:
         raise ValueError(f"{args.eval} knows the classes {checkpoint['classes']}, --data {name} has {data.classes}")
     data.mean, data.std = checkpoint["mean"], checkpoint["std"]
-    device = devices.choose_device(args.device)
+    device = processes.own_device(devices.choose_device(args.device))
     model = rebuild(checkpoint).to(device)
     loss, acc = evaluate(model, data.test, data, device, devices.choose_precision(args.amp, device))
     print(f"test acc {acc:.4f}  loss {loss:.4f}  ({data.name}, {len(data.test[1]):,} images)")
 
 
-def set_up(args, given):
+def set_up(args, given, resumed):
     """All that may be refused, in the order of its cost; then the run's folder. Nothing is written before that."""
-    device = devices.choose_device(args.device)
+    device = processes.own_device(devices.choose_device(args.device))
     amp = "off" if args.opt == "lbfgs" and args.amp == "auto" else args.amp  # its line search needs the digits
     precision = devices.choose_precision(amp, device)
-    resumed = checkpoints.load(args.resume, keys=checkpoints.RESUME_KEYS) if args.resume else None
     data, train_part, val_part = load_data(args, given)
     args.data = "shapes" if data.name == "shapes" else args.data
     model = build(args, data)
-    if resumed:
-        model.load_state_dict(resumed["state_dict"])
+    if processes.rank():
+        torch.manual_seed(args.seed + processes.rank())  # dropout of its own
     model.to(device, memory_format=torch.channels_last)  # convolutions are faster so; matrices don't mind
     optimizer = make_optimizer(args, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    state = first_state(args, model, train_part, device)
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
+        restore(resumed, model, optimizer, scaler, state, device)
     parts = [datasets.place(part, device) for part in (train_part, val_part)]
 
-    default = Path("runs") / f"{args.model}-{data.name}-{args.opt}-{args.sched}"
-    out = args.out or (Path(args.resume).parent if resumed else None)
-    out = outputs.claim(out, default, going_on=resumed and Path(args.resume).resolve().parent == Path(out).resolve())
-    say = outputs.make_say(out / "log.txt")
+    log = None
+
+    def claim():
+        nonlocal log
+        before, out = (Path(args.resume).parent, given.get("out")) if resumed else (None, args.out)
+        going_on = resumed and (out is None or Path(out).resolve() == before.resolve())
+        default = Path("runs") / f"{args.model}-{data.name}-{args.opt}-{args.sched}"
+        out, log = outputs.claim(before if going_on else out, default, going_on)
+        if resumed and not going_on and (before / "best.pt").exists():
+            checkpoints.save(checkpoints.load(before / "best.pt"), out / "best.pt")
+        return out
+
+    out = processes.once(claim)
+    say = outputs.make_say(log)
     say(f"$ {outputs.command()}")
     say(f"torch {torch.__version__}, python {platform.python_version()}, {devices.device_name(device)}, {precision}")
     if data.note:
@@ -482,57 +593,57 @@ def set_up(args, given):
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.opt}, lr {args.lr:g}, "
         f"weight decay {args.weight_decay:g}, {args.sched}, {args.epochs:g} epochs, batches of {args.batch_size}"
     )
-    say(f"writing to {out}" + (f", going on after step {resumed['step']:,}" if resumed else ""))
-    return (args, data, model, device, precision, out, say), (*parts, optimizer, resumed)
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """A list that gets the number of the first SIGINT or SIGTERM. After it the old rule holds: a second one kills."""
-    numbers, old = [], {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def handler(number, frame):
-        numbers.append(number)
-        for n in old:
-            signal.signal(n, signal.SIG_DFL)
-
-    for n in old:
-        signal.signal(n, handler)
-    try:
-        yield numbers
-    finally:
-        for n in old:
-            signal.signal(n, old[n])
+    if resumed:
+        changed = [f"{flag_name(k)} {v} -> {given[k]}" for k, v in resumed["args"].items() if given.get(k, v) != v]
+        say(f"going on after step {resumed['step']:,} of {args.resume}" + "".join(f", {text}" for text in changed))
+    if processes.count() > 1:
+        say(f"{processes.count()} processes share every batch")
+    say(f"writing to {out}")
+    return (args, data, model, device, precision, out, say), (parts, optimizer, scaler, state)
 
 
 def fail(status, error):
-    """One line on standard error; returns the exit status."""
-    print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    """One line on standard error; returns the exit status. What all processes know, the first one says."""
+    if processes.rank() == 0 or status == 1:
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
-def main(argv=None):
+def run(argv):
     try:
-        args, given = parse_args(argv)
+        with processes.quiet():
+            args, given, resumed = parse_args(argv)
         if args.eval:
             print_test(args, given)
             return 0
-        common, more = set_up(args, given)
+        common, more = set_up(args, given, resumed)
     except (ValueError, OSError) as error:
         return fail(2, error)
+    except SystemExit as stop:  # argparse has said why
+        return stop.code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     try:
-        with caught_signals() as signals:
+        with processes.caught_signals() as signals:
             history, stopped, status = train(*common, *more, signals)
         finish(*common, history, stopped)
-    except torch.OutOfMemoryError:
-        return fail(
-            1, f"out of memory at --batch-size {args.batch_size}: lower it, or raise --accum (now {args.accum})"
-        )
+        return status
+    except ValueError as error:
+        return fail(2, error)
     except OSError as error:
         return fail(1, error)
-    return status
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            sizes = f"--batch-size {args.batch_size}: lower it, or raise --accum (now {args.accum})"
+            return fail(1, f"out of memory with {sizes}")
+        if processes.count() > 1:
+            return fail(1, f"process {processes.rank()} stops: {error}")
+        raise
+
+
+def main(argv=None):
+    processes.join()
+    return processes.leave(run(argv))
 
 
 if __name__ == "__main__":
