@@ -7,10 +7,12 @@ import json
 import math
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -353,7 +355,7 @@ def python(*argv, cwd=None, **more):
     """A command in a fresh interpreter, without a GPU and without the network's proxies."""
     env = os.environ | dict(CUDA_VISIBLE_DEVICES="", MPLBACKEND="Agg")
     return subprocess.run(
-        [sys.executable, *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **more
+        [sys.executable, *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True, timeout=900, **more
     )
 
 
@@ -378,6 +380,11 @@ def test_every_optimizer_with_every_schedule(opt, tiny):
         state = checkpoints.load(out / "last.pt")
         assert state["step"] == 2
         assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+
+
+def test_lbfgs_with_convolutions(tiny):
+    """It flattens gradients, which channels_last would forbid."""
+    assert call("--model", "cnn", "--widths", "4", *TINY, "--opt", "lbfgs") == 0
 
 
 @pytest.mark.parametrize("opt", optimizers.OPTIMIZERS)
@@ -1426,6 +1433,245 @@ def test_no_dead_flag(tiny, monkeypatch, capsys):
         both = f"{base} {both}".replace("{vit}", small_vit)
         a, b = observe(both).get(what), observe(f"{both} {second}").get(what)
         assert a is not None and not same(a, b), dest
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+
+def torchrun(count, *argv, cwd, restarts=0):
+    options = ["--nproc_per_node", count, "--max-restarts", restarts, "--monitor-interval", 0.1]
+    return python("-m", "torch.distributed.run", *options, *argv, cwd=cwd)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_processes_follow_the_run_of_one(count, tmp_path):
+    # The last batch has one image: fewer than there are processes.
+    flags = "--hidden 32 --no-batch-norm --dropout 0 --data shapes --epochs 2 --limit 301 --val-split 501"
+    flags = [*flags.split(), *"--batch-size 100 --amp off --device cpu --clip-grad 1 --out".split()]
+    assert python(HERE / "train.py", *flags, "one", cwd=tmp_path).returncode == 0
+    done = torchrun(count, HERE / "train.py", *flags, "many", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.startswith("epoch ")]) == 2
+    one, many = (checkpoints.load(tmp_path / run / "last.pt", keys=checkpoints.RESUME_KEYS) for run in ("one", "many"))
+    assert torch.allclose(one["seen"], many["seen"], rtol=1e-5) and len(one["seen"]) == 4
+    for a, b in zip(one["history"], many["history"], strict=True):
+        assert a["val_acc"] == b["val_acc"] and a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-5)
+        assert a["train_acc"] == b["train_acc"]
+    results = [json.loads((tmp_path / run / "result.json").read_text()) for run in ("one", "many")]
+    assert results[0]["test_acc"] == results[1]["test_acc"]
+    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=1e-5)
+    assert not any(name.startswith("module.") for name in many["state_dict"])
+
+
+@pytest.mark.slow
+def test_mistakes_are_said_once(tmp_path):
+    for wrong in (["--lr", -1], ["--data", "nowhere"], ["--opt", "lbfgs"], ["--epohcs", 3]):
+        done = torchrun(2, HERE / "train.py", "--data", "shapes", *wrong, cwd=tmp_path)
+        assert done.returncode and done.stderr.count("train.py: error:") == 1, (wrong, done.stderr)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_process_that_dies_ends_the_run_or_starts_it_anew(restarts, tmp_path):
+    (tmp_path / "dying.py").write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import processes, train
+real, calls = train.backward, []
+def backward(*args):
+    calls.append(1)
+    if processes.rank() == 1 and len(calls) == 25 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+train.backward = backward
+sys.exit(train.main())
+""")
+    flags = "--hidden 32 --data shapes --limit 1000 --batch-size 100 --epochs 4 --device cpu --out run".split()
+    start = time.perf_counter()
+    done = torchrun(2, "dying.py", *flags, cwd=tmp_path, restarts=restarts)
+    assert time.perf_counter() - start < 60
+    assert "train.py: error: process 0 stops" in done.stderr
+    last = checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)
+    assert (done.returncode == 0) == bool(restarts) and last["epoch"] == (4 if restarts else 2)
+    if restarts:
+        straight = torchrun(2, HERE / "train.py", *flags[:-1], "straight", cwd=tmp_path)
+        assert straight.returncode == 0
+        assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_in_every_process(number, tmp_path):
+    flags = "--hidden 32 --data shapes --epochs 500 --device cpu --out run".split()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", HERE / "train.py", *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            process.send_signal(number)
+            break
+    said = process.communicate(timeout=60)[0]
+    assert "--resume run/last.pt" in said
+    last = checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)
+    assert last["step"] > 0 and len(last["rng"]) == 2
+
+
+# ---------------------------------------------------------------------------------------------- long tests
+
+
+def forked(argv):
+    """Start train.main in a copy of this process, which has imported everything. Returns its number."""
+    if pid := os.fork():
+        return pid
+    sys.stdout = sys.stderr = open("said.txt", "a")
+    os._exit(train.main([str(a) for a in argv]))
+
+
+def kill_loop(kills):
+    """Kill a run at random moments, resume it each time, compare it with an unbroken one; again until `kills` kills."""
+    drawn = datasets.shapes(140, 40)
+    datasets.shapes = lambda: datasets.Data(*(getattr(drawn, f) for f in datasets.Data.__dataclass_fields__))
+    plot.draw = lambda *args: None
+    flags = "--hidden 64 --data shapes --batch-size 5 --epochs 5 --save-every 2 --device cpu --dropout 0.5".split()
+    start = time.perf_counter()
+    assert os.waitpid(forked([*flags, "--out", "straight"]), 0)[1] == 0
+    seconds, draw = time.perf_counter() - start, random.Random(0)
+    killed = runs = 0
+    while killed < kills:
+        run, runs = Path(f"run-{runs}"), runs + 1
+        status = None
+        while status != 0:
+            if (run / "last.pt").exists():
+                pid = forked(["--resume", run / "last.pt"])
+            else:
+                shutil.rmtree(run, ignore_errors=True)
+                pid = forked([*flags, "--out", run])
+            end = time.perf_counter() + draw.uniform(0, seconds)
+            while not (over := os.waitpid(pid, os.WNOHANG))[0] and time.perf_counter() < end:
+                time.sleep(0.0005)
+            if not over[0]:
+                os.kill(pid, signal.SIGKILL)
+                over = os.waitpid(pid, 0)
+            status = over[1]
+            assert status in (0, signal.SIGKILL), Path("said.txt").read_text()[-2000:]
+            killed += status == signal.SIGKILL
+        assert_same_run("straight", run)
+    print(f"{killed} kills in {runs} runs, all with the bits of the unbroken one")
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_smoke; test_smoke.kill_loop(60)"
+    done = python("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+
+
+NUMBERS = [
+    "0",
+    "1",
+    "-1",
+    "2",
+    "3",
+    "7",
+    "64",
+    "0.5",
+    "1e-9",
+    "1e9",
+    "1e400",
+    "nan",
+    "inf",
+    "-inf",
+    "1" + "0" * 13,
+    "x",
+]
+FUZZED = {
+    dest: [*NUMBERS, "", "2,3", "0.9,0.99", "0,0", ",", "1,", "-1,2", "nan,nan", "9" * 30]
+    for dest in EFFECTS
+    if dest not in ("resume", "eval", "epochs", "out", "data_dir")
+} | dict(
+    model=[*train.MODELS, "", "MLP"], opt=[*optimizers.OPTIMIZERS, "Adam"], sched=[*schedulers.SCHEDULES, "x"],
+    data=["shapes", "pets", "nowhere", "", "/", "pets/train", "file"], epochs=["0.5", "1", "2", "0", "nan", "x"],
+    amp=["auto", "off", "bf16", "fp16", "x"], device=["cpu", "auto", "cuda", "cpu:1", "meta", ""],
+    depth=["0", "1", "2", "x"],
+    monitor=["val_acc", "val_loss", "x"], pool=["cls", "mean", "x"], arch=["residual", "plain", "x"],
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_random_flags_end_in_success_or_in_one_line(tiny, capsys):
+    write_folder(tiny / "pets", (8, 8), train_count=9)
+    Path("file").write_text("no folder")
+    draw, ends, faults = random.Random(0), {}, []
+    small = {"mlp": "--hidden 8", "cnn": "--widths 4,4", "vit": "--patch-size 4 --dim 8 --depth 1 --heads 1"}
+    for case in range(3000):
+        model = draw.choice([*train.MODELS])
+        argv = ["--model", model, *small[model].split(), "--epochs", "1", "--data", "shapes", "--out", f"run-{case}"]
+        dests = list(vars(train.make_parser(model).parse_args([])))
+        for dest in draw.sample(sorted(FUZZED.keys() & dests), draw.choice([1, 1, 2, 3])):
+            flag = train.flag_name(dest)
+            no_value = dest in ("flip", "nesterov", "decay_all", "batch_norm")
+            argv += [flag] if no_value else [f"{flag}={draw.choice(FUZZED[dest])}"]
+        try:
+            status, error = refused(*argv), None
+        except Exception as traceback:
+            status, error = None, repr(traceback)[:200]
+        said = capsys.readouterr().err
+        ends[status] = ends.get(status, 0) + 1
+        if status is None or len(said.splitlines()) != (status == 2) or (status == 2 and Path(f"run-{case}").exists()):
+            faults.append((" ".join(argv[6:]), status, error or said))
+        shutil.rmtree(f"run-{case}", ignore_errors=True)
+    print(ends)
+    assert not faults, "\n".join(map(str, faults))
+    assert min(ends[0], ends[2]) > 300
+
+
+@pytest.mark.slow
+def test_random_damage_to_files_ends_in_success_or_in_one_line(tiny, capsys):
+    """Bits flipped, cut out, put in, in each kind of file that a run reads."""
+    assert call(*TINY_MLP, "--out", "run") == 0
+    write_mnist(tiny / "data")
+    write_folder(tiny / "pets", (8, 8))
+    cnn = "--model cnn --widths 4 --epochs 1 --val-split 0.4 --out new --data pets".split()
+    assert call(*cnn) == 0
+    cases = {
+        Path("run/last.pt"): ["--resume", "run/last.pt", "--out", "new"],
+        Path("run/best.pt"): ["--eval", "run/best.pt"],
+        Path("data/MNIST/raw/train-images-idx3-ubyte"): "--hidden 8 --data mnist --epochs 1 --out new".split(),
+        Path("data/MNIST/raw/t10k-labels-idx1-ubyte"): "--hidden 8 --data mnist --epochs 1 --out new".split(),
+        Path("pets/train/cat/0.png"): cnn,
+        next(Path("data/cache").iterdir()): cnn,
+    }
+    draw, ends = random.Random(0), {}
+    for path, argv in cases.items():
+        good, times = path.read_bytes(), os.stat(path)
+        for _ in range(200):
+            raw = bytearray(good)
+            for _ in range(draw.choice([1, 1, 5, 50])):
+                at = draw.randrange(min(len(raw), draw.choice([40, 10**9])))
+                kind = draw.randrange(4)
+                if kind == 0:
+                    raw[at] ^= 1 << draw.randrange(8)
+                elif kind == 1:
+                    del raw[at : draw.choice([at + 1, at + 8, len(raw)])]
+                    raw = raw or bytearray(1)
+                elif kind == 2:
+                    raw[at:at] = draw.randbytes(draw.randrange(1, 9))
+                else:
+                    raw[at] = draw.choice([0, 255])
+            path.write_bytes(raw)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            shutil.rmtree("new", ignore_errors=True)
+            capsys.readouterr()
+            status = call(*argv)
+            said = capsys.readouterr().err
+            assert status in (0, 1, 2) and len(said.splitlines()) == (status == 2), (path, status, said)
+            key = (path.name, status)
+            ends[key] = ends.get(key, 0) + 1
+        path.write_bytes(good)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    print(ends)
+    assert ends.get(("last.pt", 0), 0) < 20  # a checksum guards it: nearly every change is seen
 
 
 # ---------------------------------------------------------------------------------------------- files alone

@@ -235,7 +235,10 @@ def build(args, data):
     torch.manual_seed(args.seed)
     _, channels, image_size, _ = data.train[0].shape
     sizes = dict(image_size=image_size, channels=channels, num_classes=len(data.classes))
-    return MODELS[args.model][0].build(args, **sizes)
+    try:
+        return MODELS[args.model][0].build(args, **sizes)
+    except (TypeError, RuntimeError, MemoryError) as error:  # torch's words for sizes that no memory can hold
+        raise ValueError(f"--model {args.model} can't be built in these sizes: {str(error)[:100]}") from None
 
 
 def rebuild(checkpoint):
@@ -557,7 +560,8 @@ def set_up(args, given, resumed):
     model = build(args, data)
     if processes.rank():
         torch.manual_seed(args.seed + processes.rank())  # dropout of its own
-    model.to(device, memory_format=torch.channels_last)  # convolutions are faster so; matrices don't mind
+    # Convolutions are faster with the channels last, matrices don't mind. L-BFGS can't flatten such gradients.
+    model.to(device, memory_format=torch.preserve_format if args.opt == "lbfgs" else torch.channels_last)
     optimizer = make_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = first_state(args, model, train_part, device)
@@ -610,6 +614,7 @@ def fail(status, error):
 
 
 def run(argv):
+    training = False
     try:
         with processes.quiet():
             args, given, resumed = parse_args(argv)
@@ -617,25 +622,23 @@ def run(argv):
             print_test(args, given)
             return 0
         common, more = set_up(args, given, resumed)
-    except (ValueError, OSError) as error:
-        return fail(2, error)
-    except SystemExit as stop:  # argparse has said why
-        return stop.code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    try:
+        training = True
         with processes.caught_signals() as signals:
             history, stopped, status = train(*common, *more, signals)
         finish(*common, history, stopped)
         return status
-    except ValueError as error:
-        return fail(2, error)
-    except OSError as error:
-        return fail(1, error)
+    except SystemExit as stop:  # argparse has said why
+        return stop.code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (ValueError, OSError) as error:
+        return fail(1 if training else 2, error)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
             sizes = f"--batch-size {args.batch_size}: lower it, or raise --accum (now {args.accum})"
-            return fail(1, f"out of memory with {sizes}")
+            return fail(
+                1 if training else 2, f"out of memory with a {args.model} and {sizes}, or make the model smaller"
+            )
         if processes.count() > 1:
             return fail(1, f"process {processes.rank()} stops: {error}")
         raise
