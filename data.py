@@ -416,13 +416,11 @@ def batches(
     Without a key the images come as they are. The last batch is smaller when batch_size doesn't divide, except that a
     single left-over image joins the batch before: batch norm can't train on one. `first` batches are left out.
     """
-    images, labels = part
-    n = len(labels)
-    order = (torch.arange(n) if key is None else torch.randperm(n, generator=seeded(*key))).to(images.device)
+    n = len(part[1])
+    order = (torch.arange(n) if key is None else torch.randperm(n, generator=seeded(*key))).to(part[0].device)
     mean, std = (255 * torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
     for step, (start, end) in enumerate(bounds(n, batch_size)[first:], first):
-        index = order[start:end]
-        x, y = images[index].to(device, non_blocking=True), labels[index].to(device, non_blocking=True)
+        x, y = (tensor[order[start:end]].to(device, non_blocking=True) for tensor in part)
         if key is not None:
             generator = seeded(*key, step, device=device)
             x = (distort if augment == "strong" else crop_and_flip)(x, crop_pad, flip, generator)
@@ -565,13 +563,14 @@ def show(data, path, **options):
     from PIL import Image, ImageDraw
 
     some = tuple(tensor[pick(data.train[1], 8, seed=0)] for tensor in data.train)
-    rows = {"as they are": {}} | {f"{k} {v}": {k: v} for k, v in options.items()} | {"all": options}
+    rows = [{}, *({k: v} for k, v in options.items()), *([options] if len(options) > 1 else [])]
     mean, std = (torch.tensor(x)[:, None, None] for x in (data.mean, data.std))
     picture = Image.new("RGB", (110 + 8 * 102, len(rows) * 116), "white")
     draw = ImageDraw.Draw(picture)
-    for row, (name, chosen) in enumerate(rows.items()):
+    for row, chosen in enumerate(rows):
         x, y = next(batches(some, 8, data.mean, data.std, "cpu", key=(0,), num_classes=len(data.classes), **chosen))
-        draw.text((4, 116 * row + 40), name, "black")
+        name = "\n".join(f"{k} {v}" for k, v in chosen.items()) or "as they are"
+        draw.text((4, 116 * row + 4), name, "black")
         for column, (image, label) in enumerate(zip(x * std + mean, y, strict=True)):
             left, top = 110 + 102 * column, 116 * row
             pixels = (255 * image).round().clamp(0, 255).byte().expand(3, -1, -1).permute(1, 2, 0)
