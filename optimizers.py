@@ -173,7 +173,7 @@ def describe_groups(model, groups):
     """
     by_id, names = {id(p): name for name, p in model.named_parameters()}, {}
     for group in groups:
-        names.setdefault(group["lr"], {}).update({by_id[id(p)]: group["weight_decay"] for p in group["params"]})
+        names.setdefault(group["lr"], {}).update({by_id[id(p)]: group.get("weight_decay", 0) for p in group["params"]})
     sizes, lines = {name: p.numel() for name, p in model.named_parameters()}, []
     for lr, some in sorted(names.items(), reverse=True):
         whole = {}  # the shortest prefixes of which all parameters have this rate
