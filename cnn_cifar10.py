@@ -87,16 +87,16 @@ class CNN(nn.Module):
             for before, after in zip((channels, *widths), widths, strict=False):
                 body += [nn.Conv2d(before, after, 5, padding=2), nn.MaxPool2d(2)]
             body += [nn.Flatten(), nn.Linear(widths[-1] * smallest**2, 64)]
-            self.head = nn.Linear(64, num_classes)
         else:
             body = conv_norm_act(channels, 24)
             for before, after in zip((24, *widths), widths, strict=False):
                 body += [*conv_norm_act(before, after, pool=2), Residual(*conv_norm_act(after, after))]
             body += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-            self.head = nn.Linear(widths[-1], num_classes)
+        self.body = nn.Sequential(*body)
+        self.head = nn.Linear(64 if arch == "plain" else widths[-1], num_classes)
+        if arch != "plain":
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
-        self.body = nn.Sequential(*body)
 
     def forward(self, images):
         return self.head(self.body(images))

@@ -5,11 +5,14 @@
     for images, labels in batches(train, 128, data.mean, data.std, device, key=(seed, epoch), crop_pad=4, flip=True):
         ...
 
+    python data.py --data shapes --augment strong --mixup 0.8 --show augmented.png      # what each does to 8 images
+
 These sets fit into memory, so there are no worker processes: the images lie on the training device as bytes, and a
-batch is cropped, flipped and normalised there by a few tensor operations, with a random place for every image.
+batch is augmented and normalised there by a few tensor operations, with random numbers of its own for every image.
 Copied alone, this file needs torch and torchvision.
 """
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 # The class in torchvision.datasets and the size of its download. torchvision knows addresses and checksums.
 DOWNLOADS = {
@@ -117,9 +121,8 @@ def _from_torchvision(name, root):
     except Unavailable:
         raise
     except Exception as error:  # whatever a damaged file makes torchvision's readers say
-        raise ValueError(
-            f"{name} in {root} is damaged ({type(error).__name__}: {error}): remove it to load it again"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name} in {root} is damaged ({why}): remove it to load it again") from error
 
     def tensors(part):
         images = torch.as_tensor(part.data)
@@ -169,13 +172,9 @@ def _from_folder(folder, data_dir, img_size):
     classes = sorted(entry.name for entry in _entries(folder / "train") if entry.is_dir())
     files = {part: [] for part in ("train", "test")}  # of (path, label)
     for part, found in files.items():
-        for entry in _entries(folder / part):
-            if not entry.is_dir():
-                continue
+        for entry in filter(os.DirEntry.is_dir, _entries(folder / part)):
             if entry.name not in classes:
-                raise ValueError(
-                    f"{entry.path} is a class that {folder / 'train'} lacks: its classes are the known ones"
-                )
+                raise ValueError(f"{entry.path} is a class that {folder / 'train'} lacks, which names all classes")
             inside = [e.path for e in _entries(entry.path) if Path(e.name).suffix.lower() in IMAGE_SUFFIXES]
             if part == "train" and not inside:
                 raise ValueError(f"{entry.path} holds no images: add some, or remove the class")
@@ -274,14 +273,11 @@ def _decode_all(paths, size):
 
     starts = range(0, len(paths), 100)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in progress(pool.map(some, starts), total=len(starts), desc="decoding", unit="00 images"):
-            pass
+        list(progress(pool.map(some, starts), total=len(starts), desc="decoding", unit="00 images"))
     if unreadable:
         some = ", ".join(f"{path} ({error})" for path, error in sorted(unreadable.items())[:3])
-        raise ValueError(
-            f"{len(unreadable)} of {len(paths)} images can't be read, repair or remove them: {some}"
-            + (", ..." if len(unreadable) > 3 else "")
-        )
+        some += ", ..." if len(unreadable) > 3 else ""
+        raise ValueError(f"{len(unreadable)} of {len(paths)} images can't be read, repair or remove them: {some}")
     grey = all(torch.equal(images[:, 0], images[:, c]) for c in (1, 2))
     return images[:, :1].clone() if grey else images
 
@@ -386,10 +382,8 @@ def split(part, held_out, seed):
     valid = 0 <= held_out < math.inf
     count = valid and (round(held_out * len(labels)) if held_out < 1 else int(held_out))
     if not valid or count >= len(labels) or (held_out and not count):
-        raise ValueError(
-            f"--val-split {held_out:g} must be 0, a fraction below 1 or a count that leaves images on both sides "
-            f"({len(labels)} are there)"
-        )
+        rule = "0, a fraction below 1 or a count that leaves images on both sides"
+        raise ValueError(f"--val-split {held_out:g} must be {rule} ({len(labels)} are there)")
     mask = pick(labels, count, seed)
     return (images[~mask], labels[~mask]), (images[mask], labels[mask])
 
@@ -411,29 +405,36 @@ def limit(part, count, seed):
 
 
 def batches(
-    part, batch_size, mean, std, device, *, key=None, first=0, every=1, least=1, share=(0, 1), crop_pad=0, flip=False
-):
+    part, batch_size, mean, std, device, *, key=None, first=0, every=1, least=1, share=(0, 1), crop_pad=0, flip=False,
+    augment="none", erase=0.0, mixup=0.0, cutmix=0.0, num_classes=None,
+):  # fmt: skip
     """Yield (images, labels) on the device: float32 (b, channels, size, size), normalised, and int64 (b,).
 
     With key=(seed, epoch), the order is random and images are augmented, both depending on the key alone: each image is
-    shifted by up to crop_pad pixels either way (the border is mirrored) and, with flip, mirrored half of the time.
+    shifted by up to crop_pad pixels either way (the border is mirrored) and, with flip, mirrored half of the time;
+    augment="strong" adds distort(), `erase` is the share of images for erase_some(). With mixup or cutmix above 0 (the
+    alpha of their Beta distribution) and num_classes, the labels are those of mix(), float32 (b, num_classes).
+
     Without a key the images come as they are. The last batch is smaller when batch_size doesn't divide, see `bounds`.
     `first` batches are left out, and of the others every so-many-th is taken. With share=(i, n), it's the i-th of n
     parts of every batch, augmented as in the whole; a part can be empty.
     """
-    images, labels = part
-    n = len(labels)
-    order = torch.arange(n) if key is None else torch.randperm(n, generator=seeded(*key))
-    order = order.to(images.device)
+    n = len(part[1])
+    order = (torch.arange(n) if key is None else torch.randperm(n, generator=seeded(*key))).to(part[0].device)
     mean, std = (255 * torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
     steps = list(enumerate(bounds(n, batch_size, least)))[first::every]
     for step, (start, end) in steps:
-        index = order[start:end]
-        x, y = images[index].to(device, non_blocking=True), labels[index].to(device, non_blocking=True)
+        x, y = (tensor[order[start:end]].to(device, non_blocking=True) for tensor in part)
         if key is not None:
-            x = crop_and_flip(x, crop_pad, flip, seeded(*key, step, device=device))
+            generator = seeded(*key, step, device=device)
+            x = (distort if augment == "strong" else crop_and_flip)(x, crop_pad, flip, generator)
+        x = (x.float() - mean) / std
+        if key is not None and erase:
+            x = erase_some(x, erase, generator)
+        if key is not None and (mixup or cutmix):
+            x, y = mix(x, y, num_classes, mixup, cutmix, seeded(*key, step, "mix"))
         own = slice(*(len(y) * i // share[1] for i in (share[0], share[0] + 1)))
-        yield (x[own].float() - mean) / std, y[own]
+        yield x[own], y[own]
 
 
 def bounds(n, batch_size, least=1):
@@ -464,3 +465,139 @@ def crop_and_flip(images, pad, flip, generator):
         columns = torch.where(mirrored, columns.flip(1), columns)
     index = (rows[:, :, None] * width + columns[:, None, :]).view(b, 1, -1).expand(-1, channels, -1)
     return images.flatten(2).gather(2, index).view(images.shape)
+
+
+def distort(images, shift, flip, generator):
+    """Turn, shear, scale, shift and, with flip, mirror every image by random amounts: one interpolation for all.
+
+    uint8 (b, channels, size, size) -> float32, 0..255. `shift` is in pixels either way. Images of one channel, such
+    as digits, are bent besides; coloured ones get another brightness, contrast and saturation.
+    """
+    b, channels, size, _ = images.shape
+
+    def amount(limit):
+        return limit * (2 * torch.rand(b, generator=generator, device=images.device) - 1)
+
+    angle, shear, zoom = amount(math.radians(12)), amount(math.tan(math.radians(10))), 1.15 ** amount(1)
+    sign = 1 - 2 * (amount(1) < 0).float() if flip else torch.ones_like(zoom)
+    cos, sin, x, y = angle.cos() / zoom, angle.sin() / zoom, amount(2 * shift / size), amount(2 * shift / size)
+    matrix = torch.stack([cos * sign, cos * shear - sin, x, sin * sign, sin * shear + cos, y], 1).view(b, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)  # in it the image is 2 wide
+    if channels == 1:
+        coarse = 1.2 * 2 / size * torch.randn(b, 2, 4, 4, generator=generator, device=images.device)  # 1.2 pixels
+        spread = F.interpolate(torch.eye(4, device=images.device)[None, None], (size, 4), mode="bicubic")[0, 0]
+        grid = grid + (spread @ coarse @ spread.T).permute(0, 2, 3, 1)
+    border = "reflection" if channels == 3 else "border"  # mirrored strokes would make other digits
+    images = F.grid_sample(images.float(), grid, padding_mode=border, align_corners=False)
+    if channels == 3:
+        brightness, contrast, saturation = (1 + amount(0.3)[:, None, None, None] for _ in range(3))
+        grey = images.mean(1, keepdim=True)
+        middle = grey.mean((2, 3), keepdim=True)
+        images = brightness * middle + contrast * (grey - middle + saturation * (images - grey))
+    return images.clamp(0, 255)
+
+
+def rectangles(area, ratio, height, width, generator):
+    """Masks (b, 1, height, width), true in a rectangle of this part of the area and ratio of sides, (b,) each."""
+
+    def stretch(part, size):
+        length = (part.clamp(max=1) * size).round()[:, None]
+        start = (torch.rand(length.shape, generator=generator, device=part.device) * (size - length + 1)).floor()
+        place = torch.arange(size, device=part.device) - start
+        return (place >= 0) & (place < length)
+
+    rows, columns = stretch((area * ratio).sqrt(), height), stretch((area / ratio).sqrt(), width)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def erase_some(images, share, generator):
+    """Random erasing (arXiv:1708.04896): in that share of images, noise in a rectangle of 2 to 33 % of the area."""
+    drawn = torch.rand(3, len(images), generator=generator, device=images.device)
+    mask = rectangles(0.02 + 0.31 * drawn[0], 9 ** drawn[1] / 3, *images.shape[2:], generator)
+    mask &= (drawn[2] < share)[:, None, None, None]
+    return torch.where(mask, torch.randn(images.shape, generator=generator, device=images.device), images)
+
+
+def mix(images, labels, num_classes, mixup, cutmix, generator):
+    """Mix every image with the one before it in the batch, and their labels alike: float32 (b, num_classes).
+
+    By mixup (arXiv:1710.09412) it's the weighted mean of both, by cutmix (arXiv:1905.04899) a rectangle of the other
+    one in its place. Each weight is drawn from Beta(alpha, alpha); cutmix's become the areas in whole pixels. An alpha
+    of 0 turns one off; of both, a batch takes one at random. `generator` is on the CPU: no device is waited for.
+    """
+    cut = cutmix and (not mixup or torch.rand((), generator=generator) < 0.5)
+    alpha = torch.full((2, len(images)), cutmix if cut else mixup, dtype=torch.float64)
+    gammas = torch._standard_gamma(alpha, generator)  # of which Beta is a ratio; torch's Beta takes no generator
+    own = (gammas[0] / gammas.sum(0)).float()[:, None, None, None]
+    if cut:
+        own = (~rectangles(1 - own.flatten(), torch.ones(len(own)), *images.shape[2:], generator)).float()
+    own, hot = own.to(images.device), F.one_hot(labels, num_classes).float()
+    return torch.lerp(images.roll(1, 0), images, own), torch.lerp(hot.roll(1, 0), hot, own.mean((1, 2, 3))[:, None])
+
+
+def views(images, *, flip, shift=1):
+    """Views of a batch, a list: as it is, shifted along the diagonal by +-shift pixels, and with flip all mirrored."""
+    (height, width), padded = images.shape[2:], F.pad(images, (shift,) * 4, mode="reflect")
+    moved = [padded[..., k : k + height, k : k + width] for k in dict.fromkeys((shift, 0, 2 * shift))]
+    return moved + ([view.flip(3) for view in moved] if flip else [])
+
+
+def tta(model, images, *, flip, shift=1):
+    """Test-time augmentation: the mean of a model's scores over the views of a batch."""
+    return torch.stack([model(view) for view in views(images, flip=flip, shift=shift)]).mean(0)
+
+
+# ---------------------------------------------------------------------------------------------- flags and a picture
+
+
+def add_args(parser):
+    flag = parser.add_argument
+    flag("--data", metavar="NAME", help=f"{', '.join(NAMES)}, or a folder of images (%(default)s)")
+    flag("--data-dir", default="data", metavar="DIR", help="where datasets and caches lie (%(default)s)")
+    flag("--img-size", type=int, metavar="N", help="scale a folder's images to N x N (as the first, at most 64)")
+    flag("--crop-pad", type=int, default=0, metavar="N", help="shift images by up to N pixels (%(default)s)")
+    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of them (%(default)s)")
+    flag("--augment", choices=["none", "strong"], default="none", help="strong: turn, bend, recolour (%(default)s)")
+    flag("--reprob", type=float, default=0.0, metavar="P", help="erase a rectangle of that share of them (%(default)s)")
+    flag("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of images; 0: don't (%(default)s)")
+    flag("--cutmix", type=float, default=0.0, metavar="ALPHA", help="paste parts of images; 0: don't (%(default)s)")
+
+
+def show(data, path, **options):
+    """Draw 8 training images, what each of the options of batches() does to them, and what all do, into a file."""
+    from PIL import Image, ImageDraw
+
+    some = tuple(tensor[pick(data.train[1], 8, seed=0)] for tensor in data.train)
+    rows = [{}, *({k: v} for k, v in options.items()), *([options] if len(options) > 1 else [])]
+    mean, std = (torch.tensor(x)[:, None, None] for x in (data.mean, data.std))
+    picture = Image.new("RGB", (110 + 8 * 102, len(rows) * 116), "white")
+    draw = ImageDraw.Draw(picture)
+    for row, chosen in enumerate(rows):
+        x, y = next(batches(some, 8, data.mean, data.std, "cpu", key=(0,), num_classes=len(data.classes), **chosen))
+        name = "\n".join(f"{k} {v}" for k, v in chosen.items()) or "as they are"
+        draw.text((4, 116 * row + 4), name, "black")
+        for column, (image, label) in enumerate(zip(x * std + mean, y, strict=True)):
+            left, top = 110 + 102 * column, 116 * row
+            pixels = (255 * image).round().clamp(0, 255).byte().expand(3, -1, -1).permute(1, 2, 0)
+            picture.paste(Image.fromarray(pixels.numpy()).resize((96, 96), Image.Resampling.NEAREST), (left, top))
+            shares = [f"{data.classes[c][:6]} {x:.2f}" for c, x in enumerate(label) if x] if label.ndim else []
+            draw.text((left, top + 97), " ".join(shares) or data.classes[label], "black")
+    picture.save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw augmentation.", allow_abbrev=False, usage=argparse.SUPPRESS)
+    parser.add_argument("--show", required=True, metavar="FILE", help="the picture")
+    add_args(parser)
+    args = parser.parse_args()
+    on = {k: v for k, v in vars(args).items() if k in ("crop_pad", "flip", "augment", "mixup", "cutmix")}
+    on = {k: v for k, v in (on | dict(erase=args.reprob)).items() if v not in (0, "none")}
+    try:
+        show(load(args.data or "shapes", args.data_dir, img_size=args.img_size), args.show, **on)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    print(f"wrote {args.show}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,15 @@
 """Optimizers by name, and the parameter groups they work on.
 
     groups = parameter_groups(model, weight_decay=0.05)
-    optimizer = OPTIMIZERS["adamw"](groups, lr=1e-3, betas=(0.9, 0.95))
+    optimizer = OPTIMIZERS["adamw"](groups, lr=1e-3, opt_betas=(0.9, 0.95))
 
 Copied alone, this file needs torch and nothing else. To add an optimizer, write a function here whose keywords are
 flags of train.py, name it in OPTIMIZERS and give its defaults in DEFAULTS.
 """
 
+import difflib
 import inspect
+import math
 
 import torch
 
@@ -72,13 +74,15 @@ DEFAULTS = {
     "lbfgs": dict(lr=1.0),
 }
 NO_DECAY = ("rprop", "lbfgs")  # have no weight decay in torch
-DECAY = {"weight_decay", "decay_all"}  # flags for parameter_groups, not for the optimizer itself
+DECAY = {"weight_decay", "decay_all", "layer_decay", "lr_scale"}  # flags for parameter_groups, not for the optimizer
 
 
 def options_of(opt):
     """The flags that an optimizer reads, as a set of names."""
     reads = set(inspect.signature(OPTIMIZERS[opt]).parameters) - {"groups"}
-    return reads | (set() if opt in NO_DECAY else DECAY)
+    if opt != "lbfgs":
+        reads |= {"layer_decay", "lr_scale"}
+    return reads | (set() if opt in NO_DECAY else {"weight_decay", "decay_all"})
 
 
 def add_args(parser):
@@ -86,6 +90,8 @@ def add_args(parser):
     flag("--lr", type=float, metavar="X", help="learning rate at the schedule's peak (depends on --opt and the model)")
     flag("--weight-decay", "--wd", type=float, default=0.0, metavar="X", help="(depends on --opt and the model)")
     flag("--decay-all", action="store_true", help="decay biases, norms, tokens and positions too, not matrices alone")
+    flag("--layer-decay", type=float, default=1.0, metavar="X", help="rate of a layer / of the next one (%(default)s)")
+    flag("--lr-scale", type=scale, action="append", default=[], metavar="PREFIX=X", help="rate of PREFIX, times X")
     flag("--momentum", type=float, default=0.0, metavar="X", help="sgd, rmsprop (0.9 for sgd)")
     flag("--nesterov", action="store_true", help="sgd: Nesterov momentum")
     flag("--opt-betas", type=pair, default=(0.9, 0.999), metavar="B,B", help="the adam family (%(default)s)")
@@ -97,14 +103,84 @@ def pair(text):
     return first, second
 
 
-def parameter_groups(model, *, weight_decay, decay_all=False):
-    """Two groups for an optimizer: what decays, matrices and filters alone unless decay_all, and what doesn't.
+def scale(text):
+    """argparse type: 'head=0.1' -> ("head", 0.1)."""
+    prefix, _, factor = text.rpartition("=")
+    return prefix, float(factor)
 
-    Biases and norms are left out by their number of dimensions; a model names what else to spare in `no_weight_decay`.
+
+def layers(model):
+    """By parameter name the layer, counted from the input.
+
+    A model with a method layer_of(name) says so itself. Else every matrix or filter begins a layer, in the order in
+    which the model registers them, and the biases and norms that follow belong to it.
     """
-    spared = getattr(model, "no_weight_decay", ())
+    if hasattr(model, "layer_of"):
+        return {name: model.layer_of(name) for name, _ in model.named_parameters()}
+    found, layer = {}, -1
+    for name, parameter in model.named_parameters():
+        layer += parameter.ndim >= 2
+        found[name] = max(0, layer)
+    return found
+
+
+def lies_in(name, prefix):
+    """blocks.1.norm.bias lies in blocks.1 and in blocks, and not in blocks.1.n."""
+    return f"{name}.".startswith(f"{prefix}.")
+
+
+def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_decay=1.0, lr_scale=()):
+    """Groups for an optimizer. Every parameter of the model is in one of them.
+
+    Matrices and filters decay, and the rest only with decay_all: biases and norms are told by their number of
+    dimensions, and a model names what else to spare in `no_weight_decay`.
+
+    The rate of a layer is lr * layer_decay ** (number of layers above it), see layers(), times the factor of each
+    (prefix, factor) of lr_scale whose prefix its name begins with. It's in "lr", and in "initial_lr" for schedules;
+    without lr, the groups have neither. Raises ValueError for values out of range, and for a prefix of no parameter.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"--layer-decay {layer_decay} must be above 0 and at most 1")
+    layer_of = layers(model)
+    for prefix, factor in lr_scale:
+        if not 0 < factor < math.inf:
+            raise ValueError(f"--lr-scale {prefix}={factor} must be a finite number above 0")
+        if not any(lies_in(name, prefix) for name in layer_of):
+            known = {".".join(name.split(".")[:k]): None for name in layer_of for k in range(1, name.count(".") + 2)}
+            near = difflib.get_close_matches(prefix, known) or [name for name in known if "." not in name]
+            raise ValueError(f"--lr-scale {prefix}: no parameter is named so; there are {', '.join(near)}")
+    if lr is None and (layer_decay != 1 or lr_scale):
+        raise ValueError("layer_decay and lr_scale need lr: the rate that they are parts of")
+
+    spared, top = getattr(model, "no_weight_decay", ()), max(layer_of.values())
     groups = {}
     for name, parameter in model.named_parameters():
         decays = decay_all or (parameter.ndim >= 2 and name not in spared)
-        groups.setdefault(decays, []).append(parameter)
-    return [dict(params=params, weight_decay=weight_decay * decays) for decays, params in groups.items()]
+        rate = layer_decay ** (top - layer_of[name])
+        rate *= math.prod(factor for prefix, factor in lr_scale if lies_in(name, prefix))
+        groups.setdefault((decays, rate), []).append(parameter)
+    grouped = [id(parameter) for params in groups.values() for parameter in params]
+    assert sorted(grouped) == sorted(map(id, model.parameters())), "a parameter is not in exactly one group"
+    rates = [{} if lr is None else dict(lr=lr * rate, initial_lr=lr * rate) for _, rate in groups]
+    decay = [dict(weight_decay=weight_decay * decays) for decays, _ in groups]
+    return [dict(params=p) | d | r for p, d, r in zip(groups.values(), decay, rates, strict=True)]
+
+
+def describe_groups(model, groups):
+    """A line for each rate, the highest first: the layers that have it, and how many of their numbers decay.
+
+    `groups` are those of parameter_groups with lr, or an optimizer's param_groups.
+    """
+    by_id, names = {id(p): name for name, p in model.named_parameters()}, {}
+    for group in groups:
+        names.setdefault(group["lr"], {}).update({by_id[id(p)]: group.get("weight_decay", 0) for p in group["params"]})
+    sizes, lines = {name: p.numel() for name, p in model.named_parameters()}, []
+    for lr, some in sorted(names.items(), reverse=True):
+        whole = {}  # the shortest prefixes of which all parameters have this rate
+        for name in filter(some.__contains__, sizes):
+            parts = name.split(".")
+            prefixes = (".".join(parts[:k]) for k in range(1, len(parts) + 1))
+            whole[next(p for p in prefixes if all(n in some for n in sizes if lies_in(n, p)))] = None
+        count, decaying = (sum(sizes[n] for n, decay in some.items() if decay or all) for all in (True, False))
+        lines.append(f"lr {lr:.3g}: {', '.join(whole)} ({count:,} parameters, {decaying:,} with weight decay)")
+    return lines

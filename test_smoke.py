@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from einops import repeat
 from PIL import Image
 
+import averaging
 import checkpoints
 import cnn_cifar10
 import data as datasets
 import early_stopping
+import losses
 import mlp_mnist
 import optimizers
 import outputs
@@ -1370,6 +1372,8 @@ EFFECTS = {
     "lr": ("", "--lr 0.01", "weights"),
     "weight_decay": ("", "--weight-decay 9", "weights"),
     "decay_all": ("--wd 9", "--decay-all", "weights"),
+    "layer_decay": ("", "--layer-decay 0.5", "weights"),
+    "lr_scale": ("", "--lr-scale head=0.1", "weights"),
     "momentum": ("--opt sgd", "--momentum 0.5", "weights"),
     "nesterov": ("--opt sgd", "--nesterov", "weights"),
     "opt_betas": ("", "--opt-betas 0.5,0.6", "weights"),
@@ -1674,6 +1678,296 @@ def test_random_damage_to_files_ends_in_success_or_in_one_line(tiny, capsys):
     assert ends.get(("last.pt", 0), 0) < 20  # a checksum guards it: nearly every change is seen
 
 
+# ---------------------------------------------------------------------------------------------- losses, averages, views
+
+
+SCORES = torch.tensor([[2.0, 0.0, -1.0], [0.5, 3.0, 4.0]])
+LABELS = torch.tensor([0, 2])
+HOT = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    "expression, expected",
+    [
+        ("ce", -(HOT * SCORES.log_softmax(1)).sum(1).mean()),
+        ("mse", ((SCORES - HOT) ** 2).mean()),
+        ("euclidean", ((SCORES - HOT) ** 2).sum(1).sqrt().mean()),
+        ("cosine", 1 - (SCORES[[0, 1], LABELS] / (SCORES**2).sum(1).sqrt()).mean()),
+    ],
+)
+def test_losses_compare_scores_with_one_hot_targets(expression, expected):
+    loss = losses.parse(expression)
+    assert loss(SCORES, LABELS).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert loss(SCORES, HOT).item() == pytest.approx(expected.item(), rel=1e-6)  # labels as distributions
+    doubled = losses.parse(f" 2*{expression} + ce")
+    assert doubled(SCORES, LABELS).item() == pytest.approx((2 * expected + losses.parse("ce")(SCORES, HOT)).item())
+
+
+@pytest.mark.parametrize("expression", [*losses.LOSSES, "ce+0.5*cosine"])
+def test_losses_with_soft_targets_in_pieces_and_at_the_start(expression):
+    torch.manual_seed(0)
+    scores, labels = torch.randn(7, 5), torch.arange(7) % 5
+    loss, smoothed = losses.parse(expression), losses.parse(expression, smoothing=0.2)
+    soft = losses.targets(labels, 5, 0.2)
+    assert soft[0].tolist() == pytest.approx([0.84, 0.04, 0.04, 0.04, 0.04])
+    assert torch.allclose(soft, losses.targets(losses.targets(labels, 5), 5, 0.2))
+    assert smoothed(scores, labels).item() == pytest.approx(loss(scores, soft).item(), rel=1e-5)
+    pieces = sum(loss(s, y) * len(s) / 7 for s, y in zip(scores.split(3), labels.split(3), strict=True))
+    assert pieces.item() == pytest.approx(loss(scores, labels).item(), rel=1e-5)
+    start = torch.zeros(7, 5, requires_grad=True)  # what a head gives that starts at 0
+    loss(start, labels).backward()
+    assert (start.grad[0, 0] < 0) and 1e-3 < start.grad.abs().max() < 1
+
+
+@pytest.mark.parametrize("expression", losses.LOSSES)
+def test_every_loss_trains(expression):
+    torch.manual_seed(0)
+    images = torch.randn(200, 8)
+    labels = images[:, :4].argmax(1)
+    model, loss = torch.nn.Linear(8, 4), losses.parse(expression, smoothing=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss(model(images), labels).backward()
+        optimizer.step()
+    assert (model(images).argmax(1) == labels).float().mean() > 0.75  # chance: 0.25
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "l1", "ce+", "0*ce", "-1*ce", "ce*2", "nan*ce", "inf*mse", "a*ce", "ce-mse", "2*"]
+)
+def test_wrong_losses_are_refused_with_the_grammar(wrong):
+    with pytest.raises(ValueError, match=r"--loss .* must be one of ce, mse, euclidean, cosine, or a sum .*ce\+0.5"):
+        losses.parse(wrong)
+
+
+def test_distillation_is_scaled_divergence():
+    teacher, temperature = SCORES.flip(0), 3.0
+    p, q = (teacher / temperature).softmax(1), (SCORES / temperature).softmax(1)
+    expected = 9 * (p * (p / q).log()).sum(1).mean()
+    assert losses.distillation(SCORES, teacher, temperature).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert losses.distillation(teacher, teacher + 5, 2.0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_average_equals_one_by_hand():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    average, expected = averaging.Average(model, decay=0.5), {k: v.clone() for k, v in model.state_dict().items()}
+    for t in range(14):
+        model(torch.randn(8, 4))  # moves the batch norm's statistics
+        for parameter in model.parameters():
+            parameter.data += torch.randn_like(parameter)
+        average.update(model)
+        decay = min(0.5, (1 + t) / (10 + t))  # 0.1, 0.18 ... 0.5 from t = 8 on
+        for name, value in model.state_dict().items():
+            mixed = decay * expected[name] + (1 - decay) * value
+            expected[name] = mixed if value.is_floating_point() else value.clone()
+        if t == 6:  # stopped, and gone on with
+            state, average = average.state_dict(), averaging.Average(model, decay=0.5)
+            average.load_state_dict(state)
+    assert expected["1.num_batches_tracked"] == 14
+    for name, value in average.model.state_dict().items():
+        assert torch.allclose(value, expected[name], rtol=1e-5, atol=1e-6), name
+    assert not any(p.requires_grad for p in average.model.parameters()) and not average.model.training
+    assert all(p.requires_grad for p in model.parameters()) and model.training
+    with pytest.raises(ValueError, match="--ema 1"):
+        averaging.Average(model, 1)
+
+
+def test_views_and_their_mean():
+    images = torch.arange(64.0).view(1, 1, 8, 8).expand(3, 2, 8, 8)
+    as_it_is, up_left, down_right, *mirrored = datasets.views(images, flip=True, shift=2)
+    assert torch.equal(as_it_is, images) and len(mirrored) == 3
+    assert torch.equal(up_left[..., 2:, 2:], images[..., :-2, :-2])
+    assert torch.equal(down_right[..., :-2, :-2], images[..., 2:, 2:])
+    assert torch.equal(mirrored[1], up_left.flip(3))
+    assert len(datasets.views(images, flip=False)) == 3 and len(datasets.views(images, flip=False, shift=0)) == 1
+    torch.manual_seed(0)
+    model, images = give_head_weights(mlp_mnist.MLP(hidden=(16,))).eval(), torch.randn(5, 1, 28, 28)
+    scores = [model(view) for view in datasets.views(images, flip=True)]
+    assert len(scores) == 6 and torch.allclose(datasets.tta(model, images, flip=True), sum(scores) / 6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- rates by layer
+
+
+def rates(model, **options):
+    """By parameter name its rate, at lr 1."""
+    groups = optimizers.parameter_groups(model, lr=1.0, weight_decay=0.1, **options)
+    assert all(group["initial_lr"] == group["lr"] for group in groups)
+    by_id = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(by_id) == len(list(model.parameters()))
+    return {name: by_id[id(p)] for name, p in model.named_parameters()}
+
+
+def test_layer_rates_are_powers_of_the_decay_by_depth_from_the_top():
+    found = rates(vit.ViT(**VIT), layer_decay=0.5)  # two blocks
+    for name, rate in found.items():
+        above = {"head": 0, "norm": 0, "blocks": 1}.get(name.split(".")[0], 3)
+        above += name.startswith("blocks.0.")
+        assert rate == 0.5**above, name
+    assert {"cls_token", "pos_embedding", "patch_embedding.weight"} <= {n for n, rate in found.items() if rate == 0.125}
+
+    found = rates(mlp_mnist.MLP(hidden=(32, 16)), layer_decay=0.5)  # linear 1, norm 2, linear 5, norm 6
+    assert all(
+        rate == {"layers.1": 0.25, "layers.2": 0.25}.get(n[:8], 0.5) for n, rate in found.items() if "head" not in n
+    )
+    assert found["head.weight"] == found["head.bias"] == 1
+
+    found = rates(cnn_cifar10.CNN(widths=(4, 8)), layer_decay=0.5)
+    assert found["head.weight"] == 1 and found["body.0.weight"] == found["body.1.bias"] == 0.5**5
+    weights = [rate for name, rate in found.items() if name.startswith("body") and rate and name.endswith("weight")]
+    assert weights == sorted(weights) and set(weights) == {0.5**k for k in range(1, 6)}
+    assert rates(cnn_cifar10.CNN(arch="plain"), layer_decay=0.1)["body.0.bias"] == pytest.approx(1e-4)
+
+
+def test_layer_rates_by_prefix():
+    model = vit.ViT(**VIT | dict(depth=11))
+    found = rates(model, lr_scale=[("blocks.1", 0.5), ("head", 3.0), ("blocks", 0.1)])
+    assert found["blocks.1.norm_1.bias"] == 0.05 and found["blocks.10.norm_1.bias"] == 0.1  # 1 isn't 10
+    assert found["head.weight"] == 3 and found["cls_token"] == 1
+    with pytest.raises(ValueError, match=r"--lr-scale pos_embeding: .* pos_embedding"):
+        rates(model, lr_scale=[("pos_embeding", 1)])
+    with pytest.raises(ValueError, match="patch_embedding, blocks, norm, head"):
+        rates(model, lr_scale=[("qqq", 1)])
+    for wrong in (
+        dict(lr_scale=[("head", 0)]),
+        dict(lr_scale=[("head", math.nan)]),
+        dict(layer_decay=0),
+        dict(layer_decay=2),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            rates(model, **wrong)
+    with pytest.raises(ValueError, match="need lr"):
+        optimizers.parameter_groups(model, weight_decay=0, layer_decay=0.5)
+
+
+def test_groups_are_described_by_rate():
+    model = vit.ViT(**VIT)
+    options = dict(lr=0.01, weight_decay=0.1, layer_decay=0.5, lr_scale=[("blocks.1.mlp", 2)])
+    lines = optimizers.describe_groups(model, optimizers.parameter_groups(model, **options))
+    assert lines[0] == "lr 0.01: blocks.1.mlp, norm, head (4,586 parameters, 4,416 with weight decay)"
+    assert lines[1].startswith("lr 0.005: blocks.1.norm_1, blocks.1.attention, blocks.1.norm_2 (")
+    assert lines[3].startswith("lr 0.00125: cls_token, pos_embedding, patch_embedding (3,680 parameters, 1,536 with")
+    assert len(lines) == 4
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+
+
+def digits(count=64, size=28):
+    """A bright square in the middle of each."""
+    images = torch.zeros(count, 1, size, size, dtype=torch.uint8)
+    images[:, :, 9:-9, 9:-9] = 200
+    return images
+
+
+def test_distort_moves_every_image_alone_and_keeps_it():
+    images = digits(200)
+    out = datasets.distort(images, 2, False, datasets.seeded(0))
+    assert out.shape == images.shape and out.dtype == torch.float32 and 0 <= out.min() and out.max() < 200.01
+    assert len({image.numpy().tobytes() for image in out}) == 200
+    area = (out > 100).float().sum((1, 2, 3)) / (images[0] > 100).sum()
+    assert 0.5 < area.min() and area.max() < 2 and 0.9 < area.mean() < 1.1
+    middle = (out.sum(2) * torch.arange(28)).sum((1, 2)) / out.sum((1, 2, 3))  # the centre's column
+    assert middle.mean().item() == pytest.approx(13.5, abs=0.3) and 0.8 < middle.std() < 2
+    assert torch.equal(out, datasets.distort(images, 2, False, datasets.seeded(0)))
+
+
+def test_distort_mirrors_half_and_recolours():
+    left = torch.full((400, 3, 32, 32), 100, dtype=torch.uint8)
+    left[..., :16] = 150
+    left[:, 0] //= 2
+    out = datasets.distort(left, 0, True, datasets.seeded(0))
+    mirrored = out[..., :8].mean((1, 2, 3)) < out[..., -8:].mean((1, 2, 3))
+    assert 150 < mirrored.sum() < 250
+    assert not (datasets.distort(left, 0, False, datasets.seeded(0))[..., :8].mean() < 90)
+    brightness = out.mean((1, 2, 3)) / left.float().mean()
+    assert 0.65 < brightness.min() < 0.8 and 1.2 < brightness.max() < 1.35
+    colour = (out[:, 1] - out[:, 0]).mean((1, 2))  # 62.5 as it is
+    assert colour.min() < 40 and colour.max() > 90
+
+
+def test_erasing_takes_a_rectangle_from_that_share():
+    images = torch.full((1000, 2, 20, 24), 7.0)
+    out = datasets.erase_some(images, 0.25, datasets.seeded(0))
+    changed = out != images
+    assert torch.equal(changed[:, 0], changed[:, 1])
+    some = changed[:, 0][changed.flatten(1).any(1)]
+    assert 200 < len(some) < 300
+    for mask in some:
+        rows, columns = mask.any(1), mask.any(0)
+        assert torch.equal(mask, rows[:, None] & columns) and mask.sum() <= 0.4 * mask.numel()
+        for side in (rows, columns):
+            assert side.diff().sum() <= 2  # one piece
+    noise = out[changed]
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert torch.equal(datasets.erase_some(images, 1e-9, datasets.seeded(0)), images)
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0.01, 0), (0, 1.0), (0.8, 1.0)])
+def test_mixed_labels_sum_to_one_and_weigh_what_the_images_do(mixup, cutmix):
+    labels = torch.arange(100) % 10
+    images = labels[:, None, None, None].float().expand(100, 3, 16, 16)  # an image's pixels are its label
+    x, y = datasets.mix(images, labels, 10, mixup, cutmix, datasets.seeded(1))
+    assert x.shape == images.shape and y.shape == (100, 10) and y.dtype == torch.float32
+    assert torch.allclose(y.sum(1), torch.ones(100)) and (y >= 0).all() and ((y > 0).sum(1) <= 2).all()
+    assert torch.allclose((y * torch.arange(10)).sum(1), x.mean((1, 2, 3)), atol=1e-4)
+    cut = all(len(image.unique()) <= 2 and set(image.unique().tolist()) <= set(range(10)) for image in x)
+    assert cut or not (cutmix and not mixup)
+    own = y[torch.arange(100), labels]
+    assert len(own.unique()) > 10 and 0.3 < own.mean() < 0.7
+
+
+def test_a_batch_takes_mixup_or_cutmix_at_random():
+    images, labels = torch.randn(8, 1, 16, 16), torch.arange(8)
+    kinds = set()
+    for seed in range(12):
+        x, _ = datasets.mix(images, labels, 8, 1.0, 1.0, datasets.seeded(seed))
+        kinds.add(bool(torch.isin(x, images).all()))  # only cutmix keeps every pixel
+    assert kinds == {True, False}
+
+
+def test_augmented_batches_depend_on_the_key_alone():
+    data = datasets.shapes(60, 20)
+    options = dict(crop_pad=2, flip=True, augment="strong", erase=0.5, mixup=0.8, cutmix=1.0, num_classes=10)
+
+    def epoch(key, **more):
+        torch.rand(1)
+        return list(datasets.batches(data.train, 16, data.mean, data.std, "cpu", key=key, **more))
+
+    first = epoch((0, 0), **options)
+    assert same(first, epoch((0, 0), **options)) and same(first[2:], epoch((0, 0), first=2, **options))
+    plain = epoch((0, 0))
+    assert plain[0][1].dtype == torch.int64 and first[0][1].shape == (16, 10)
+    hot = [F.one_hot(y, 10).bool() for _, y in plain]
+    own = torch.cat([y[h] for (_, y), h in zip(first, hot, strict=True)])
+    assert (own > 0).float().mean() > 0.9  # the order is that of the plain ones, whatever the augmentation
+    for name, value in options.items():
+        if name not in ("num_classes", "flip"):
+            changed = epoch((0, 0), **{name: value}, num_classes=10)
+            assert not torch.equal(changed[0][0], plain[0][0]), name
+            assert changed[0][1].ndim == (2 if name in ("mixup", "cutmix") else 1)
+
+
+def test_picture_of_augmentation(tmp_path, monkeypatch, capsys):
+    small = datasets.shapes(80, 20)
+    monkeypatch.setattr(datasets, "shapes", lambda: small)
+    monkeypatch.setattr(
+        sys, "argv", ["data.py", *f"--show {tmp_path}/a.png --augment strong --cutmix 1 --flip".split()]
+    )
+    datasets.main()
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.height == 5 * 116  # as they are, three of them, all
+    cells = [picture.crop((110, 116 * row, 206, 116 * row + 96)).tobytes() for row in range(5)]
+    assert len(set(cells)) >= 3 and str(tmp_path / "a.png") in capsys.readouterr().out
+    for wrong in ("--data nowhere", f"--show {tmp_path}/none/a.png", "--augment weak"):
+        monkeypatch.setattr(sys, "argv", ["data.py", "--show", f"{tmp_path}/b.png", *wrong.split()])
+        with pytest.raises(SystemExit) as stop:
+            datasets.main()
+        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
 # ---------------------------------------------------------------------------------------------- files alone
 
 ALONE = {
@@ -1686,6 +1980,9 @@ ALONE = {
     "x, y = next(data.batches(t, 8, d.mean, d.std, 'cpu', key=(0, 0), crop_pad=2)); assert x.shape == (8, 3, 32, 32)",
     "optimizers.py": "from optimizers import *; m = torch.nn.Linear(2, 2); "
     "OPTIMIZERS['sgd'](parameter_groups(m, weight_decay=1), lr=1, momentum=0, nesterov=False).step()",
+    "losses.py": "from losses import *; x = torch.randn(4, 3, requires_grad=True); "
+    "parse('ce+0.5*cosine', 0.1)(x, torch.tensor([0, 1, 2, 0])).backward()",
+    "averaging.py": "from averaging import *; m = torch.nn.Linear(2, 2); Average(m, 0.9).update(m)",
     "early_stopping.py": "from early_stopping import *; assert best_row([dict(epoch=1, val_acc=1.)], 'val_acc')",
     "checkpoints.py": "import checkpoints; checkpoints.save({'a': 1}, 'a.pt'); "
     "checkpoints.load('a.pt', keys={'a': int})",

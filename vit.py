@@ -162,6 +162,13 @@ class ViT(nn.Module):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
+    def layer_of(self, name):
+        """The layer of a parameter, for rates by depth: 0 the embeddings, then the blocks, last norm and head."""
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            return 1 + int(rest.partition(".")[0])
+        return 1 + len(self.blocks) if part in ("norm", "head") else 0
+
     def forward(self, images):
         if images.shape[-2:] != self.image_size:
             # Left alone, a smaller image would be trained with the wrong positions, silently.
