@@ -43,7 +43,6 @@ NOT_FINITE = "lower --lr, or add --warmup-epochs or --clip-grad 1"
 
 def make_parser(model):
     parser = argparse.ArgumentParser(
-        prog="train.py",
         description=f"{__doc__.splitlines()[0]} The defaults in brackets are those of --model {model}.",
         usage=argparse.SUPPRESS,  # an error is one line
         allow_abbrev=False,
@@ -376,8 +375,11 @@ def train(args, data, model, device, precision, out, say, train_part, val_part, 
         outputs.write_metrics(history, out / "metrics.csv")
         left = (time.perf_counter() - began) / (step - first_step) * (total_steps - step)
         say(outputs.epoch_line(row, math.ceil(args.epochs), best is row, left))
-        if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
-            say(early_stopping.explain(history, best, args.monitor))
+        waited = early_stopping.waited(history, best, args.warmup_epochs)
+        stop = 0 < args.patience <= waited
+        if stop or waited == (args.patience + 1) // 2 > 0:
+            say(early_stopping.explain(history, best, args.monitor, chance=math.log(len(data.classes))))
+        if stop:
             if args.sched in ("cosine", "linear", "onecycle"):
                 say(f"The low rates at the end of --sched {args.sched} were not reached: --patience 0 lets it end.")
             return history, "early stop", 0
@@ -507,7 +509,7 @@ def caught_signals():
 
 def fail(status, error):
     """One line on standard error; returns the exit status."""
-    print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
