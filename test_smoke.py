@@ -27,6 +27,7 @@ import averaging
 import checkpoints
 import cnn_cifar10
 import data as datasets
+import diagnose
 import early_stopping
 import losses
 import mlp_mnist
@@ -1966,6 +1967,284 @@ def test_picture_of_augmentation(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             datasets.main()
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------- why it stands still
+
+
+def falling(start, end, count=10, noise=0.0, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    line = torch.linspace(start, end, count) + noise * torch.randn(count, generator=random)
+    return line.tolist()
+
+
+def told(train_loss, val_loss, lr=0.1, best=1):
+    """The verdict on these losses, with the best epoch at `best`."""
+    rates = lr if isinstance(lr, list) else [lr] * len(val_loss)
+    history = [
+        dict(epoch=i + 1, lr=rate, train_loss=t, val_loss=v, val_acc=0.5 - (i + 1 != best) / 10, train_acc=0.5)
+        for i, (rate, t, v) in enumerate(zip(rates, train_loss, val_loss, strict=True))
+    ]
+    row = early_stopping.best_row(history, "val_acc")
+    line = early_stopping.explain(history, row, "val_acc", chance=math.log(10))
+    assert row["epoch"] == best and "\n" not in line and f"of epoch {best} in {len(history)} epochs" in line
+    found = early_stopping.verdict(history, row, chance=math.log(10))
+    assert early_stopping.ADVICE[found] in line
+    return found
+
+
+EARLY = falling(2.2, 0.8, 6)  # the epochs before the loss stands still
+BLOW_UP = [10.0**i for i in range(8)]
+CASES = [
+    ("not learning", dict(train_loss=[2.3026] * 8, val_loss=[2.3026] * 8)),
+    ("not learning", dict(train_loss=falling(2.303, 2.303, noise=0.002), val_loss=falling(2.303, 2.303, noise=0.002))),
+    ("too small", dict(train_loss=falling(2.3026, 2.3, 8), val_loss=falling(2.3026, 2.3005, 8))),
+    ("too small", dict(train_loss=EARLY + falling(0.8, 0.6), val_loss=EARLY + falling(0.8, 0.7), best=6)),
+    ("too small", dict(train_loss=[2.3, 2.2], val_loss=[2.3, 2.2])),
+    ("too high", dict(train_loss=[2.3, 60.0, 8.0, 90.0, 4.0], val_loss=[2.3, 2.4, 9.0, 3.0, 70.0])),
+    ("too high", dict(train_loss=EARLY + [0.7] * 8, val_loss=EARLY + [0.9, 2.0] * 4, best=6)),
+    ("too high", dict(train_loss=EARLY + falling(0.8, 2.3), val_loss=EARLY + falling(0.8, 2.3), best=6)),
+    ("too high", dict(train_loss=[9.0, 2.4, 2.35, 2.34, 2.32], val_loss=[5.0, 2.4, 2.36, 2.33, 2.32], best=3)),
+    ("too high", dict(train_loss=EARLY + BLOW_UP, val_loss=EARLY + BLOW_UP, best=6)),
+    ("overfitting", dict(train_loss=EARLY + falling(0.8, 0.3), val_loss=EARLY + falling(0.9, 1.3), best=6)),
+    ("overfitting", dict(train_loss=EARLY + falling(0.8, 0.3), val_loss=EARLY + falling(0.9, 1.3, noise=0.03), best=6)),
+    ("overfitting", dict(train_loss=EARLY + [0.001] * 10, val_loss=EARLY + falling(0.9, 1.3), best=6)),
+    ("overfitting", dict(train_loss=falling(2.3, 0.5), val_loss=falling(2.31, 3.5))),  # labels by chance
+    ("converged", dict(train_loss=EARLY + [0.8] * 10, val_loss=EARLY + [0.9] * 10, best=6)),
+    (
+        "converged",
+        dict(train_loss=EARLY + falling(0.8, 0.8, noise=0.01), val_loss=EARLY + falling(0.9, 0.9, noise=0.02), best=6),
+    ),
+    ("decayed", dict(train_loss=EARLY + [0.8] * 10, val_loss=EARLY + [0.9] * 10, lr=[0.1] * 6 + [9e-4] * 10, best=6)),
+    ("risen", dict(train_loss=[*EARLY, 0.9, 1.1], val_loss=[*EARLY, 1.0, 1.2], lr=[0.1] * 4 + [0.01] * 2 + [0.1] * 2,
+                   best=6)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verdict, history", CASES)
+def test_a_standstill_is_told_from_the_history(verdict, history):
+    assert told(**history) == verdict
+
+
+def test_every_verdict_has_a_case():
+    assert {verdict for verdict, _ in CASES} == set(early_stopping.ADVICE)
+
+
+# A real run that provokes each verdict, and the word for it in the run's last line of advice.
+STANDSTILLS = [
+    ("learns nothing", "--hidden 16 --lr 1e-12 --sched none --epochs 8 --patience 4"),
+    ("may be too small", "--hidden 16 --lr 1e-4 --sched none --epochs 8 --patience 6 --min-delta 0.5"),
+    ("too high", "--hidden 16 --lr 3 --sched none --epochs 20 --patience 6"),
+    ("overfits", "--hidden 256 --dropout 0 --crop-pad 0 --sched none --epochs 40 --patience 8 --monitor val_loss"),
+    ("under a hundredth", "--hidden 16 --sched step --step-size 5 --gamma 0.0001 --epochs 40 --patience 10"),
+    ("has converged", "--hidden 64 --dropout 0 --crop-pad 0 --lr 0.01 --sched multistep --milestones 10 --gamma 0.0101 "
+                      "--epochs 40 --patience 8 --smoothing 0.5"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def middling():
+    """A part of 'shapes' with enough images to learn from."""
+    return datasets.shapes(600, 100)
+
+
+@pytest.mark.parametrize("words, flags", STANDSTILLS)
+def test_a_real_standstill_is_told(words, flags, tiny, monkeypatch, middling, capsys):
+    monkeypatch.setattr(datasets, "shapes", lambda: middling)
+    run = "--model mlp --data shapes --batch-size 64 --device cpu --amp off --out run"
+    assert call(*run.split(), *flags.split()) == 0
+    advice = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no better")]
+    assert len(advice) >= 2 and words in advice[-1], advice
+
+
+def test_half_of_the_patience_is_told_once_and_again_after_a_resume(tiny, monkeypatch, capsys):
+    accuracies = [0.1, 0.4, 0.3, 0.3, 0.3, 0.3]
+    run = [*TINY_MLP, "--epochs", 9, "--patience", 4, "--sched", "none", "--warmup-epochs", 0]
+
+    def advice():
+        said = capsys.readouterr().out.splitlines()
+        return [said[i - 1].split()[1] + line for i, line in enumerate(said) if line.startswith("no better")]
+
+    scripted(monkeypatch, accuracies)
+    assert call(*run, "--out", "straight") == 0
+    straight = advice()
+    assert [line.split("no better")[0] for line in straight] == ["4/9", "6/9"]
+
+    real, calls = train.backward, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 9:  # inside the fifth epoch
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    scripted(monkeypatch, accuracies)
+    monkeypatch.setattr(train, "backward", interrupted)
+    assert call(*run, "--out", "halted") == 130
+    assert advice() == straight[:1]
+    assert call("--resume", "halted/last.pt") == 0
+    assert advice() == straight[1:]
+
+
+# ---------------------------------------------------------------------------------------------- diagnose.py
+
+DIAGNOSE = "--model mlp --hidden 64 --data shapes --batch-size 64 --epochs 4 --device cpu".split()
+
+
+def diagnosed(*argv):
+    try:
+        return diagnose.main([str(a) for a in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+def failed_checks(said):
+    return {line[4:19].strip() for line in said.splitlines() if line.startswith("FAIL")}
+
+
+def plant_in_data(monkeypatch, data, change):
+    """Let a set-up see its data after `change`. The test labels are gone: reading them would raise."""
+    data = datasets.Data(data.name, data.classes, data.mean, data.std, data.train, data.test)
+    change(data)
+    real = train.load_data
+
+    def load_data(*args):
+        loaded, *parts = real(*args)
+        loaded.test = (loaded.test[0], None)
+        return loaded, *parts
+
+    monkeypatch.setattr(datasets, "shapes", lambda: data)
+    monkeypatch.setattr(train, "load_data", load_data)
+
+
+def plant_in_model(monkeypatch, change):
+    real = train.build
+
+    def build(*args):
+        model = real(*args)
+        change(model)
+        return model
+
+    monkeypatch.setattr(train, "build", build)
+
+
+def wrong_constants(data):
+    data.mean, data.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def shuffled_labels(data):
+    images, labels = data.train
+    data.train = images, labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+
+
+def copies_in_train(data):
+    images, labels = data.train
+    data.train = torch.cat([images, images[:50]]), torch.cat([labels, labels[:50]])
+
+
+def copies_in_test(data):
+    data.test = torch.cat([data.train[0][:1], data.test[0]]), torch.cat([data.train[1][:1], data.test[1]])
+
+
+def frozen_layer(model):
+    model.layers[1].weight.requires_grad_(False)
+
+
+def dead_model(model):
+    model.layers.register_forward_hook(lambda module, inputs, out: out * 0)
+
+
+def sees_the_batch(model):
+    model.register_forward_hook(lambda module, inputs, out: out - out.mean(0))
+
+
+def loud_head(model):
+    torch.nn.init.normal_(model.head.weight)
+
+
+@pytest.mark.parametrize(
+    "data_fault, model_fault, flags, found",
+    [
+        (None, None, "", set()),
+        (wrong_constants, None, "", {"normalisation"}),
+        (None, frozen_layer, "", {"gradients"}),
+        (shuffled_labels, None, "", {"labels"}),
+        (copies_in_train, None, "", {"overlap"}),
+        (copies_in_test, None, "", {"overlap"}),
+        (None, None, "--lr 2", {"rate"}),
+        (None, dead_model, "", {"memory", "gradients"}),
+        (None, sees_the_batch, "", {"alone"}),
+        (None, loud_head, "", {"first loss"}),
+        (None, None, "--t-max 1", {"schedule"}),
+    ],
+)
+def test_diagnose_finds_planted_faults(data_fault, model_fault, flags, found, tiny, monkeypatch, middling, capsys):
+    plant_in_data(monkeypatch, middling, data_fault or (lambda data: None))
+    plant_in_model(monkeypatch, model_fault or (lambda model: None))
+    assert diagnosed(*DIAGNOSE, *flags.split()) == (1 if found else 0)
+    said = capsys.readouterr().out
+    assert failed_checks(said) == found, said
+    assert len(said.splitlines()) == len(diagnose.CHECKS) + 1
+    assert list(tiny.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags", ["--opt lbfgs", "--opt sgd --sched plateau --amp bf16", "--accum 9", "--val-split 0", "--smoothing 0.5"]
+)
+def test_diagnose_takes_other_set_ups(flags, tiny, monkeypatch, middling, capsys):
+    plant_in_data(monkeypatch, middling, lambda data: None)
+    assert diagnosed(*DIAGNOSE, *flags.split()) == 0, capsys.readouterr().out
+
+
+def test_diagnose_of_few_images_says_that_they_are_few(tiny, capsys):
+    assert diagnosed(*TINY_MLP, "--epochs", 2) == 0
+    assert "too few to tell" in capsys.readouterr().out
+
+
+def test_find_lr_leaves_the_weights_alone_and_suggests_a_rate_that_learns(tiny, monkeypatch, middling, capsys):
+    monkeypatch.setattr(datasets, "shapes", lambda: middling)
+    s = diagnose.set_up(*diagnose.parse_args(DIAGNOSE)[:2])
+    before = {k: v.clone() for k, v in s.model.state_dict().items()}
+    rates, smooth, suggestion = diagnose.find_lr(s)
+    assert same(before, dict(s.model.state_dict()))
+    assert rates[0] == 1e-7 and len(rates) == len(smooth) and rates == sorted(rates)
+    assert 1e-4 < suggestion < 0.1
+    losses = {}
+    for lr in (suggestion, suggestion / 100, suggestion * 100):
+        assert call(*DIAGNOSE, "--lr", lr, "--out", f"lr{lr}") == 0
+        losses[lr] = checkpoints.load(f"lr{lr}/last.pt")["metrics"]["train_loss"]
+    assert min(losses, key=losses.get) == suggestion, losses
+
+    capsys.readouterr()
+    assert diagnosed(*DIAGNOSE, "--find-lr", "rates.png") == 0
+    assert f"try --lr {suggestion:.1g} " in capsys.readouterr().out and Image.open("rates.png").width > 600
+
+
+def test_find_lr_stops_when_the_loss_diverges(tiny, monkeypatch, middling):
+    monkeypatch.setattr(datasets, "shapes", lambda: middling)
+    args = diagnose.parse_args([*DIAGNOSE, "--opt", "sgd", "--no-batch-norm"])[:2]
+    rates, smooth, _ = diagnose.find_lr(diagnose.set_up(*args))
+    assert rates[-1] < 9 and not smooth[-1] < 2 * min(smooth) and all(x < 2 * min(smooth) for x in smooth[:-1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["--find-lr a.jpg", "--find-lr nowhere/a.png", "--find-lr --opt lbfgs", "--find", "--eval best.pt", "--lr -1",
+     "--opt adamax", "--data nowhere"],
+)  # fmt: skip
+def test_diagnose_refuses_in_one_line(wrong, tiny, capsys):
+    Path("best.pt").touch()
+    assert diagnosed(*DIAGNOSE, *wrong.split()) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "error: " in said and wrong.split()[0] in said, said
+
+
+def test_diagnose_command_line(tmp_path, capsys):
+    assert diagnosed("--help") == 0
+    said = capsys.readouterr().out
+    assert "--find-lr" in said and "train.py" in said
+    done = python(HERE / "diagnose.py", "--opt", "adamax", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("diagnose.py: error: ")
 
 
 # ---------------------------------------------------------------------------------------------- files alone

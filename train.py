@@ -45,7 +45,6 @@ NOT_FINITE = "lower --lr, or add --warmup-epochs or --clip-grad 1"
 
 def make_parser(model):
     parser = argparse.ArgumentParser(
-        prog="train.py",
         description=f"{__doc__.splitlines()[0]} The defaults in brackets are those of --model {model}.",
         usage=argparse.SUPPRESS,  # an error is one line
         allow_abbrev=False,
@@ -412,7 +411,7 @@ def train(args, data, model, device, precision, out, say, parts, optimizer, scal
     while step < total_steps:
         best = find_best(args, history)
         if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
-            say(early_stopping.explain(history, best, args.monitor))
+            say(early_stopping.explain(history, best, args.monitor, chance=math.log(len(data.classes))))
             if args.sched in ("cosine", "linear", "onecycle"):
                 say(f"The low rates at the end of --sched {args.sched} were not reached: --patience 0 lets it end.")
             return history, "early stop", 0
@@ -472,14 +471,16 @@ def train(args, data, model, device, precision, out, say, parts, optimizer, scal
                 return history, "non-finite loss", 1
         row["seconds"], row["images_per_second"], seconds = seconds, count / seconds, 0.0
         history.append(row)
-        is_best = find_best(args, history) is row
+        best = find_best(args, history)
         save_last()
-        if is_best:
+        if best is row:
             save("best.pt")
         if processes.rank() == 0:
             outputs.write_metrics(history, out / "metrics.csv")
         left = (time.perf_counter() - began) / (step - first_step) * (total_steps - step)
-        say(outputs.epoch_line(row, math.ceil(args.epochs), is_best, left))
+        say(outputs.epoch_line(row, math.ceil(args.epochs), best is row, left))
+        if early_stopping.waited(history, best, args.warmup_epochs) == (args.patience + 1) // 2 < args.patience:
+            say(early_stopping.explain(history, best, args.monitor, chance=math.log(len(data.classes))))
         if stop:
             return history, "interrupted", 128 + stop
     return history, "finished", 0
@@ -609,7 +610,7 @@ def set_up(args, given, resumed):
 def fail(status, error):
     """One line on standard error; returns the exit status. What all processes know, the first one says."""
     if processes.rank() == 0 or status == 1:
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
