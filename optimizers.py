@@ -101,10 +101,13 @@ def parameter_groups(model, *, weight_decay, decay_all=False):
     """Two groups for an optimizer: what decays, matrices and filters alone unless decay_all, and what doesn't.
 
     Biases and norms are left out by their number of dimensions; a model names what else to spare in `no_weight_decay`.
+    Frozen parameters are in neither.
     """
     spared = getattr(model, "no_weight_decay", ())
     groups = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         decays = decay_all or (parameter.ndim >= 2 and name not in spared)
         groups.setdefault(decays, []).append(parameter)
     return [dict(params=params, weight_decay=weight_decay * decays) for decays, params in groups.items()]
