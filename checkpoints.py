@@ -8,6 +8,7 @@ A checkpoint is a dict of tensors and plain Python values. Copied alone, this fi
 
 import contextlib
 import os
+from pathlib import Path
 
 import torch
 
@@ -33,15 +34,25 @@ def save(content, path):
 
 
 def load(path, *, keys=KEYS):
-    """Read a checkpoint onto the CPU; no code in the file is run. Raises ValueError for whatever isn't one."""
+    """Read a checkpoint onto the CPU; no code in the file is run. Raises ValueError for whatever isn't one.
+
+    With keys=() it may be any dict, such as a bare state dict; then FILE.safetensors is read too.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ValueError(f"{path} can't be read without safetensors: pip install safetensors") from None
     except FileNotFoundError:
         raise ValueError(f"{path} doesn't exist: expected a checkpoint such as runs/.../best.pt") from None
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__}: {reason})") from None
-    if not isinstance(content, dict) or not keys <= content.keys():
-        missing = sorted(keys - set(content)) if isinstance(content, dict) else sorted(keys)
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(missing)}")
+    missing = sorted(set(keys).difference(content if isinstance(content, dict) else ()))
+    if missing or not isinstance(content, dict):
+        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(missing) or 'names'}")
     return content

@@ -84,6 +84,25 @@ def write_metrics(history, path):
     os.replace(f"{path}.tmp", path)
 
 
+def make_events(folder, say):
+    """A function that writes an epoch's row into a folder as TensorBoard events; without tensorboard, nothing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        say("no TensorBoard events: pip install tensorboard")
+        return lambda row: None
+    say(f"to follow it: tensorboard --logdir {folder}")
+    writer = SummaryWriter(folder)
+
+    def write(row):
+        for name, value in row.items():
+            if name not in ("epoch", "step") and not math.isnan(value):
+                writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    return write
+
+
 def write_result(result, path):
     Path(f"{path}.tmp").write_text(json.dumps(result, indent=2) + "\n")
     os.replace(f"{path}.tmp", path)

@@ -27,6 +27,7 @@ import cnn_cifar10
 import data as datasets
 import devices
 import early_stopping
+import finetune
 import mlp_mnist
 import optimizers
 import outputs
@@ -36,6 +37,7 @@ import vit
 
 MODELS = {"mlp": (mlp_mnist, mlp_mnist.MLP), "cnn": (cnn_cifar10, cnn_cifar10.CNN), "vit": (vit, vit.ViT)}
 EVAL_BATCH = 500
+DRAW_EVERY = 30  # seconds: drawing takes half of one
 NOT_FINITE = "lower --lr, or add --warmup-epochs or --clip-grad 1"
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -60,6 +62,9 @@ def make_parser(model):
     flag("--log-interval", type=int, default=0, metavar="N", help="report every N steps too (0: every epoch)")
     flag("--resume", metavar="FILE", help="go on with the run that wrote this last.pt")
     flag("--eval", metavar="FILE", help="print the test accuracy of this checkpoint and nothing else")
+    flag("--init", metavar="FILE", help="start from the weights of a checkpoint, or from those of a vit_* of timm")
+    flag("--freeze", action="append", default=[], metavar="PREFIX", help="don't train these weights; repeatable")
+    flag("--tensorboard", action="store_true", help="write TensorBoard events too")
 
     flag = parser.add_argument_group("data").add_argument
     flag("--data", metavar="NAME", help=f"{', '.join(datasets.NAMES)}, or a folder of images (%(default)s)")
@@ -95,6 +100,7 @@ def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default="mlp")
     first.add_argument("--resume")
+    first.add_argument("--init")
     chosen = first.parse_known_args(argv)[0]
     resumed = checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS)["args"] if chosen.resume else {}
     model = resumed.get("model", chosen.model if chosen.model in MODELS else "mlp")
@@ -102,13 +108,16 @@ def parse_args(argv=None):
     parser, recipe = make_parser(model), MODELS[model][0].RECIPE
     defaults = vars(parser.parse_args([]))
     parser.set_defaults(**recipe)  # so that --help shows them
-    unset = object()
+    if chosen.init and not resumed:
+        keywords = read_init(chosen.init, model)["model_args"]
+        recipe = recipe | {name: value for name, value in keywords.items() if name in defaults}
+    unset = []  # an action that appends starts with a copy of it
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
 
     if resumed:
         refuse_another_run(resumed, given)
-        args = argparse.Namespace(**resumed | given)
+        args = argparse.Namespace(**defaults | resumed | given)
     else:
         opt = given.get("opt", recipe["opt"])
         if opt != recipe["opt"]:  # the recipe's rate, decay, momentum ... were chosen for its own optimizer
@@ -123,10 +132,12 @@ def parse_args(argv=None):
 
 def refuse_another_run(resumed, given):
     """A resumed run may be prolonged and moved. Anything else would make its figures those of no run at all."""
-    for name in given.keys() - {"resume", "epochs", "patience", "device", "out", "data_dir", "log_interval"}:
-        if given[name] != resumed[name]:
+    moved = {"resume", "epochs", "patience", "device", "out", "data_dir", "log_interval", "tensorboard"}
+    for name in given.keys() - moved:
+        before = resumed.get(name)
+        if given[name] != before:
             raise ValueError(
-                f"{flag_name(name)} {given[name]} would make it another run: the one in --resume has {resumed[name]}"
+                f"{flag_name(name)} {given[name]} would make it another run: the one in --resume has {before}"
             )
 
 
@@ -210,6 +221,37 @@ def build(args, data):
     _, channels, image_size, _ = data.train[0].shape
     sizes = dict(image_size=image_size, channels=channels, num_classes=len(data.classes))
     return MODELS[args.model][0].build(args, **sizes)
+
+
+def read_init(path, model):
+    """What --init starts from, with keys model_args, state_dict and classes: a checkpoint, or a vit_* of timm."""
+    content = checkpoints.load(path, keys=())
+    if content.keys() >= checkpoints.KEYS:
+        if content["model"] != model:
+            raise ValueError(f"--init {path} holds a {content['model']}, not a {model}: use --model {content['model']}")
+        return content
+    if model != "vit":
+        raise ValueError(f"--init {path} is not a checkpoint of train.py; weights of timm need --model vit")
+    try:
+        keywords, state = vit.from_timm(content)
+    except ValueError as error:
+        raise ValueError(f"--init {path} is not a checkpoint of train.py, and {error}") from None
+    return dict(model_args=keywords, state_dict=state, classes=None)
+
+
+def initialise(model, args, data):
+    """Give a model the weights of --init, as far as they fit; returns a line that says how far."""
+    start = read_init(args.init, args.model)
+    state, resized = start["state_dict"], ""
+    if start["classes"] and list(start["classes"]) != list(data.classes):
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    if args.model == "vit" and (adapted := model.resize_positions(state)) is not state:
+        old, new = (tuple(s["pos_embedding"].shape) for s in (state, adapted))
+        state, resized = adapted, f"; positions resized from {old} to {new}"
+    try:
+        return f"start from {args.init}: {finetune.load_matching(model, state)}{resized}"
+    except ValueError as error:
+        raise ValueError(f"--init {args.init}: {error}") from None
 
 
 def rebuild(checkpoint):
@@ -317,14 +359,15 @@ def train(args, data, model, device, precision, out, say, train_part, val_part, 
         states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=devices.rng_state(device))
         save("last.pt", step=step, history=history, seconds=seconds, seen=seen, **states)
 
-    began, first_step = time.perf_counter(), step
+    write_events = outputs.make_events(out, say) if args.tensorboard else lambda row: None
+    began, first_step, drawn = time.perf_counter(), step, time.perf_counter()
 
     while step < total_steps:
         # Train to the end of the epoch.
         epoch, done = divmod(step, steps_per_epoch)
         end = min(steps_per_epoch, done + total_steps - step)
         start = time.perf_counter()
-        model.train()
+        finetune.train_mode(model)
         order = dict(key=(args.seed, epoch), first=done, crop_pad=args.crop_pad, flip=args.flip)
         loader = datasets.batches(train_part, args.batch_size, data.mean, data.std, device, **order)
         for images, labels in datasets.progress(loader, total=end - done, desc=f"epoch {epoch + 1}", unit=" steps"):
@@ -374,6 +417,10 @@ def train(args, data, model, device, precision, out, say, train_part, val_part, 
             save("best.pt")
         save_last()
         outputs.write_metrics(history, out / "metrics.csv")
+        write_events(row)
+        if time.perf_counter() - drawn > DRAW_EVERY:
+            draw_curves(history, best, out)
+            drawn = time.perf_counter()
         left = (time.perf_counter() - began) / (step - first_step) * (total_steps - step)
         say(outputs.epoch_line(row, math.ceil(args.epochs), best is row, left))
         if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
@@ -391,6 +438,14 @@ def find_best(args, history):
     if args.val_split == 0:
         return history[-1] if history else None
     return early_stopping.best_row(history, args.monitor, args.min_delta)
+
+
+def draw_curves(history, best, out):
+    """Draw curves.png. False without matplotlib."""
+    with contextlib.suppress(ImportError):
+        plot.draw({out.name: history}, out / "curves.png", best={out.name: best["epoch"]} if best else {})
+        return True
+    return False
 
 
 def finish(args, data, model, device, precision, out, say, history, stopped):
@@ -419,14 +474,24 @@ def finish(args, data, model, device, precision, out, say, history, stopped):
     result |= dict(amp=precision, torch=torch.__version__, args=vars(args))
     result |= dict(command=outputs.command(), commit=outputs.commit())
     outputs.write_result(result, out / "result.json")
-    if history:
-        try:
-            plot.draw({out.name: history}, out / "curves.png")
-        except ImportError:
-            say("no curves.png: pip install matplotlib")
+    if history and not draw_curves(history, best, out):
+        say("no curves.png: pip install matplotlib")
 
 
 # ---------------------------------------------------------------------------------------------- main
+
+
+def load_for(checkpoint, name, data_dir):
+    """A dataset, normalised as the checkpoint's model knows it. Raises ValueError if it isn't of the same kind."""
+    size, channels = checkpoint["image_size"], checkpoint["channels"]
+    data = datasets.load(name, data_dir, img_size=size)
+    if data.classes != checkpoint["classes"]:
+        raise ValueError(f"the checkpoint knows the classes {checkpoint['classes']}, --data {name} has {data.classes}")
+    if data.test[0].shape[1:] != (channels, size, size):
+        found, known = ("x".join(map(str, s)) for s in (data.test[0].shape[1:], (channels, size, size)))
+        raise ValueError(f"the checkpoint knows images of {known}, those of --data {name} are {found}")
+    data.mean, data.std = checkpoint["mean"], checkpoint["std"]
+    return data
 
 
 def print_test(args, given):
@@ -436,11 +501,7 @@ def print_test(args, given):
     checkpoint = checkpoints.load(args.eval)
     if given.get("model", checkpoint["model"]) != checkpoint["model"]:
         raise ValueError(f"{args.eval} holds a {checkpoint['model']}, not --model {args.model}")
-    name = given.get("data", checkpoint["args"]["data"])
-    data = datasets.load(name, args.data_dir, img_size=checkpoint["image_size"])
-    if data.classes != checkpoint["classes"]:
-        raise ValueError(f"{args.eval} knows the classes {checkpoint['classes']}, --data {name} has {data.classes}")
-    data.mean, data.std = checkpoint["mean"], checkpoint["std"]
+    data = load_for(checkpoint, given.get("data", checkpoint["args"]["data"]), args.data_dir)
     device = devices.choose_device(args.device)
     model = rebuild(checkpoint).to(device)
     loss, acc = evaluate(model, data.test, data, device, devices.choose_precision(args.amp, device))
@@ -456,6 +517,8 @@ def set_up(args, given):
     data, train_part, val_part = load_data(args, given)
     args.data = "shapes" if data.name == "shapes" else args.data
     model = build(args, data)
+    started = initialise(model, args, data) if args.init and not resumed else None
+    finetune.freeze(model, args.freeze)
     if resumed:
         model.load_state_dict(resumed["state_dict"])
     model.to(device, memory_format=torch.channels_last)  # convolutions are faster so; matrices don't mind
@@ -482,6 +545,8 @@ def set_up(args, given):
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.opt}, lr {args.lr:g}, "
         f"weight decay {args.weight_decay:g}, {args.sched}, {args.epochs:g} epochs, batches of {args.batch_size}"
     )
+    if started:
+        say(started)
     say(f"writing to {out}" + (f", going on after step {resumed['step']:,}" if resumed else ""))
     return (args, data, model, device, precision, out, say), (*parts, optimizer, resumed)
 
@@ -505,9 +570,9 @@ def caught_signals():
             signal.signal(n, old[n])
 
 
-def fail(status, error):
+def fail(status, error, program="train.py"):
     """One line on standard error; returns the exit status."""
-    print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
