@@ -48,7 +48,7 @@ def make_parser():
     flag("--attention", metavar="FILE", help="draw what a ViT looks at in one image")
     flag("--export", metavar="FILE", help="write a program that needs none of these files: FILE.pt2, or FILE.onnx")
     flag("--out", metavar="DIR", help="where --report puts its pictures (report-<data> beside the checkpoint)")
-    flag("--data-dir", default="data", metavar="DIR", help="where --report finds datasets (%(default)s)")
+    flag("--data-dir", metavar="DIR", help="where --report finds datasets (data)")
     flag("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is there")
     return parser
 
@@ -59,10 +59,13 @@ def check(args):
     if len(modes) > 1:
         raise ValueError(f"--{modes[0]} and --{modes[1]} are two things: run them one after the other")
     mode = modes[0] if modes else "images"
-    reads = dict(images={"top", "json", "invert"}, report={"json", "out"}, attention={"invert"}, export=set())[mode]
-    for name in ("top", "json", "invert", "out"):
-        if getattr(args, name) and name not in reads:
-            raise ValueError(f"--{name} has no effect {'without --report' if name == 'out' else f'with --{mode}'}")
+    readers = dict(top={"images"}, json={"images", "report"}, invert={"images", "attention"})
+    readers |= dict(out={"report"}, data_dir={"report"})
+    for name, modes in readers.items():
+        value = getattr(args, name)
+        if value is not None and value is not False and mode not in modes:
+            what = f"with --{mode}" if mode != "images" else "without --report"
+            raise ValueError(f"{train.flag_name(name)} has no effect {what}: leave it out")
     if mode in ("report", "export") and args.images:
         raise ValueError(f"--{mode} takes no images: leave {args.images[0]} out")
     if mode == "attention" and len(args.images) != 1:
@@ -177,7 +180,7 @@ def print_report(args, checkpoint, model, device):
 
     The temperature is fitted on the part of the training images that --val-split of the run held out.
     """
-    data = train.load_for(checkpoint, args.report, args.data_dir)
+    data = train.load_for(checkpoint, args.report, args.data_dir or "data")
     (images, labels), classes, run = data.test, data.classes, checkpoint["args"]
     logits = logits_of(model, images, checkpoint, device)
     matrix = report.confusion(labels, logits.argmax(1), len(classes))

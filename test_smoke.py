@@ -1274,9 +1274,9 @@ def test_predict_names_what_is_no_image_and_reads_the_rest(trained, tiny, capsys
 PREDICT_WRONG = [
     "nowhere.pt image.png", "text.pt image.png", "cnn.pt", "cnn.pt nowhere.png", "cnn.pt empty", "cnn.pt text.pt",
     "cnn.pt image.png --top 0", "cnn.pt image.png --top 11", "cnn.pt image.png --device tpu",
-    "cnn.pt image.png --out x",
+    "cnn.pt image.png --out x", "cnn.pt image.png --data-dir x",
     "cnn.pt --report nowhere", "cnn.pt --report pets", "cnn.pt image.png --report shapes", "mlp.pt --report shapes",
-    "cnn.pt --report shapes --top 2", "cnn.pt --report shapes --export x.pt2", "cnn.pt image.png --attention a.png",
+    "cnn.pt --report shapes --top 0", "cnn.pt --report shapes --export x.pt2", "cnn.pt image.png --attention a.png",
     "vit-cls.pt --attention a.png", "vit-cls.pt image.png image.png --attention a.png", "cnn.pt --export model.txt",
     "vit-cls.pt image.png --attention a.nothing", "cnn.pt --export nowhere/model.pt2", "cnn.pt --export x.pt2 --invert",
 ]  # fmt: skip

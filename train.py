@@ -37,7 +37,7 @@ import vit
 
 MODELS = {"mlp": (mlp_mnist, mlp_mnist.MLP), "cnn": (cnn_cifar10, cnn_cifar10.CNN), "vit": (vit, vit.ViT)}
 EVAL_BATCH = 500
-DRAW_EVERY = 30  # seconds: drawing takes half of one
+DRAW_EVERY = 30  # seconds: drawing takes less than one
 NOT_FINITE = "lower --lr, or add --warmup-epochs or --clip-grad 1"
 
 # ---------------------------------------------------------------------------------------------- arguments
