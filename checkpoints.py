@@ -11,6 +11,7 @@ import copy
 import io
 import os
 import zipfile
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,7 @@ KEYS = dict(model=str, model_args=dict, state_dict=dict, classes=list, image_siz
 KEYS |= dict(mean=tuple, std=tuple, epoch=int, metrics=dict, args=dict)
 # last.pt has these too.
 RESUME_KEYS = KEYS | dict(
-    step=int, history=list, seconds=float, seen=torch.Tensor, optimizer=dict, scaler=dict, rng=list
+    step=int, history=list, seconds=float, seen=torch.Tensor, optimizer=dict, scaler=dict, ema=dict, rng=list
 )
 
 
@@ -47,9 +48,14 @@ def save(content, path):
 def load(path, *, keys=KEYS):
     """Read a checkpoint onto the CPU; no code in the file is run. Raises ValueError for whatever isn't one.
 
-    Its weights have to be finite, and no more memory is taken than the file is long.
+    Its weights have to be finite, and no more memory is taken than the file is long. With keys={} it may be any dict,
+    such as a bare state dict; then FILE.safetensors is read too.
     """
     try:
+        if Path(path).suffix == ".safetensors" and not keys:
+            from safetensors.torch import load_file
+
+            return load_file(path)
         with zipfile.ZipFile(path) as file:
             if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
                 raise ValueError("it would unpack to more than its own size")
@@ -57,6 +63,8 @@ def load(path, *, keys=KEYS):
                 raise ValueError(f"the checksum of {damaged} in it is wrong")
         # A tensor that is larger than what the file holds of it can't grow in mapped memory: torch refuses it.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except ImportError:
+        raise ValueError(f"{path} can't be read without safetensors: pip install safetensors") from None
     except FileNotFoundError:
         raise ValueError(f"{path} doesn't exist: expected a checkpoint such as runs/.../best.pt") from None
     except Exception as error:
@@ -64,8 +72,9 @@ def load(path, *, keys=KEYS):
         raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__}: {reason})") from None
     content = copy.deepcopy(content)  # out of the mapped file, which may be replaced now
     wrong = [name for name, type in keys.items() if not isinstance(content, dict) or type is not _type(content, name)]
-    if wrong:
-        raise ValueError(f"{path} is not a checkpoint of this train.py: it has no valid {', '.join(wrong)}")
+    if wrong or not isinstance(content, dict):
+        wanted = f"it has no valid {', '.join(wrong)}" if wrong else "it holds no names"
+        raise ValueError(f"{path} is not a checkpoint of this train.py: {wanted}")
     for name, tensor in content.get("state_dict", {}).items():
         if not isinstance(tensor, torch.Tensor) or tensor.nbytes > os.path.getsize(path):
             raise ValueError(f"{path} is damaged: {name} in it is no tensor that the file could hold")

@@ -20,9 +20,11 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+import arguments
 import data as datasets
 import devices
 import train
+from ranges import flag_name
 
 LOWEST, HIGHEST, PER_DECADE = 1e-7, 10.0, 12  # the rates of --find-lr
 
@@ -38,9 +40,9 @@ def parse_args(argv=None):
     text = "raise the rate until the loss diverges, suggest one, and draw it all into FILE (%(const)s)"
     parser.add_argument("--find-lr", nargs="?", const="find-lr.png", metavar="FILE", help=text)
     own, rest = parser.parse_known_args(argv)
-    args, given, _ = train.parse_args(rest)
+    args, given, _ = arguments.parse(rest, "diagnose.py")
     for name in given.keys() & {"resume", "eval"}:
-        raise ValueError(f"{train.flag_name(name)} has no effect with diagnose.py: leave it out")
+        raise ValueError(f"{flag_name(name)} has no effect with diagnose.py: leave it out")
     if own.find_lr:
         if args.opt in ("rprop", "lbfgs"):
             raise ValueError(f"--find-lr can't be used with --opt {args.opt}, which finds the size of its steps itself")
@@ -56,7 +58,7 @@ def set_up(args, given):
     amp = "off" if args.opt == "lbfgs" and args.amp == "auto" else args.amp  # as in train.py
     s = SimpleNamespace(args=args, device=device, precision=devices.choose_precision(amp, device))
     s.data, s.train_part, s.val_part = train.load_data(args, given)
-    s.model = train.build(args, s.data).to(device, memory_format=torch.channels_last)
+    s.model, s.loss = train.build(args, s.data, device), train.make_loss(args, s.data, device, s.precision)
     return s
 
 
@@ -79,14 +81,9 @@ def descend(s, model, optimizer, factors, loader):
         for group, start in zip(optimizer.param_groups, starts, strict=True):
             group["lr"] = start * factor
         gradient = functools.partial(
-            train.backward, model, images, labels, len(labels), s.args, s.precision, scaler, optimizer
+            train.backward, model, images, labels, len(labels), s.loss, s.args, s.precision, scaler, optimizer
         )
-        if isinstance(optimizer, torch.optim.LBFGS):
-            yield train.step_with_closure(optimizer, gradient, seed=step).tolist()
-        else:
-            yield gradient().tolist()
-            scaler.step(optimizer)
-            scaler.update()
+        yield train.take_step(gradient, optimizer, scaler, seed=step).tolist()
 
 
 def factors(s):
@@ -94,7 +91,7 @@ def factors(s):
     per_epoch = len(datasets.bounds(len(s.train_part[1]), s.args.batch_size))
     steps = max(1, round(s.args.epochs * per_epoch))
     epochs = [step / per_epoch for step in sorted({i * (steps - 1) // 999 for i in range(1000)})]
-    return [*map(train.make_schedule(s.args), epochs)], epochs
+    return [*map(arguments.make_schedule(s.args), epochs)], epochs
 
 
 # ------------------------------------------------------------------ the checks: each returns (passed, figure, remedy)
@@ -288,15 +285,15 @@ def main(argv=None):
         args, given, path = parse_args(argv)
         s = set_up(args, given)
     except (ValueError, OSError) as error:
-        return train.fail(2, error)
+        return train.fail(2, error, "diagnose.py")
     if s.data.note:
         print(s.data.note)
     try:
         return suggest(s, path) if path else check(s)
     except torch.OutOfMemoryError:
-        return train.fail(1, f"out of memory at --batch-size {args.batch_size}: lower it")
+        return train.fail(1, f"out of memory at --batch-size {args.batch_size}: lower it", "diagnose.py")
     except OSError as error:
-        return train.fail(1, error)
+        return train.fail(1, error, "diagnose.py")
 
 
 if __name__ == "__main__":

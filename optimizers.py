@@ -130,7 +130,7 @@ def lies_in(name, prefix):
 
 
 def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_decay=1.0, lr_scale=()):
-    """Groups for an optimizer. Every parameter of the model is in one of them.
+    """Groups for an optimizer. Every parameter of the model is in one of them, save those that are frozen.
 
     Matrices and filters decay, and the rest only with decay_all: biases and norms are told by their number of
     dimensions, and a model names what else to spare in `no_weight_decay`.
@@ -155,12 +155,15 @@ def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_dec
     spared, top = getattr(model, "no_weight_decay", ()), max(layer_of.values())
     groups = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         decays = decay_all or (parameter.ndim >= 2 and name not in spared)
         rate = layer_decay ** (top - layer_of[name])
         rate *= math.prod(factor for prefix, factor in lr_scale if lies_in(name, prefix))
         groups.setdefault((decays, rate), []).append(parameter)
     grouped = [id(parameter) for params in groups.values() for parameter in params]
-    assert sorted(grouped) == sorted(map(id, model.parameters())), "a parameter is not in exactly one group"
+    trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    assert sorted(grouped) == sorted(trained), "a parameter is not in exactly one group"
     rates = [{} if lr is None else dict(lr=lr * rate, initial_lr=lr * rate) for _, rate in groups]
     decay = [dict(weight_decay=weight_decay * decays) for decays, _ in groups]
     return [dict(params=p) | d | r for p, d, r in zip(groups.values(), decay, rates, strict=True)]

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,32 @@ def clock(seconds):
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
+def summary(history, best):
+    """What result.json says of the epochs of a run and of its best one, a row of them or None."""
+    seconds = sum(row["seconds"] for row in history)
+    images = sum(row["seconds"] * row["images_per_second"] for row in history)
+    result = {}
+    for name, key in (("best_epoch", "epoch"), ("best_val_acc", "val_acc"), ("best_val_loss", "val_loss")):
+        result[name] = best[key] if best and not math.isnan(best[key]) else None
+    result |= dict(epochs_run=len(history), train_seconds=seconds)
+    return result | dict(images_per_second=images / seconds if seconds else None)
+
+
+def over_seeds(results):
+    """The results of runs that differ in the seed, as (a line for the eye, a dict for result.json)."""
+    accs = [result["test_acc"] for result in results]
+    mean, std = statistics.fmean(accs), statistics.stdev(accs)
+    seconds = statistics.fmean(result["train_seconds"] for result in results)
+    each = ", ".join(f"{acc:.4f}" for acc in accs)
+    text = (
+        f"test acc {mean:.4f} +- {std:.4f} (mean and standard deviation, n = {len(accs)}: {each}), {seconds:.1f} s each"
+    )
+    same = {k: results[0][k] for k in ("model", "data", "params", "device", "amp", "torch")}
+    own = ("seed", "test_acc", "test_loss", "best_epoch", "best_val_acc", "epochs_run", "stopped", "train_seconds")
+    summary = same | dict(test_acc=mean, test_acc_std=std, n=len(accs), train_seconds=seconds)
+    return text, summary | dict(runs=[{k: result[k] for k in own} for result in results])
+
+
 def command():
     """What the user typed, as far as Python knows it."""
     return shlex.join(["python", *sys.argv])
@@ -101,6 +128,25 @@ def write_metrics(history, path):
         writer.writeheader()
         writer.writerows(history)
     os.replace(f"{path}.tmp", path)
+
+
+def make_events(folder, say):
+    """A function that writes an epoch's row into a folder as TensorBoard events; without tensorboard, nothing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        say("no TensorBoard events: pip install tensorboard")
+        return lambda row: None
+    say(f"to follow it: tensorboard --logdir {folder}")
+    writer = SummaryWriter(folder)
+
+    def write(row):
+        for name, value in row.items():
+            if name not in ("epoch", "step") and not math.isnan(value):
+                writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    return write
 
 
 def write_result(result, path):

@@ -3,16 +3,26 @@
     python plot.py runs/vit-cifar10-adamw-cosine
     python plot.py runs/cnn-* --out compare.png
 
+Several runs are named by the arguments in which they differ. Those that differ in the seed alone make one curve, their
+mean, in a band of one standard deviation either way.
+
 Copied alone, this file needs matplotlib and nothing else: draw({"name": rows}, "curves.png"), where each row is a dict
 with epoch, lr, train_loss, train_acc, val_loss and val_acc.
 """
 
 import argparse
 import csv
+import json
+import math
+import statistics
 from pathlib import Path
 
 # Okabe and Ito's colours: colour-blind readers can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+STYLES = {"train": ("--", "training"), "val": ("-", "validation")}
+# Arguments that don't change a run's figures, and the seed, which only shakes them.
+NAMELESS = {"out", "data_dir", "device", "log_interval", "resume", "eval", "tensorboard", "seed"}
+TELLING = ("model", "data", "opt", "sched")  # values that say what they are
 
 
 def read(run):
@@ -28,45 +38,137 @@ def read(run):
     return rows
 
 
-def draw(runs, path):
+def read_result(run):
+    """A run's result.json; nothing is known about a run that still goes on."""
+    try:
+        result = json.loads((Path(run) / "result.json").read_text())
+        return result | dict(args=result["args"] | dict(data=result["data"]))
+    except (OSError, ValueError, KeyError):
+        return dict(args={})
+
+
+def short_names(arguments):
+    """A name for each of several dicts of arguments, from no more of them than it takes to tell them apart."""
+
+    def named(args, keys):
+        parts = []
+        for key in keys:
+            value, words = args.get(key), key.replace("_", " ")
+            if isinstance(value, bool):
+                parts.append(words if value else f"no {words}")
+            elif value is not None:
+                text = f"{value:g}" if isinstance(value, float) else str(value)
+                parts.append(text if key in TELLING else f"{words} {text}")
+        return ", ".join(parts)
+
+    def told_apart(keys):
+        return len({named(args, keys) for args in arguments})
+
+    known = [key for key in dict.fromkeys([*TELLING, "lr", *(k for a in arguments for k in a)]) if key not in NAMELESS]
+    chosen = []
+    for key in known:
+        if told_apart([*chosen, key]) > told_apart(chosen):
+            chosen.append(key)
+    return [named(args, chosen) for args in arguments]
+
+
+def collect(folders):
+    """Read several runs: (name -> rows, name -> best epoch). The rows of runs that differ in the seed are joined."""
+    folders = [str(Path(folder)) for folder in dict.fromkeys(folders)]
+    results = [read_result(folder) for folder in folders]
+    groups = {}
+    for name, folder, result in zip(short_names([r["args"] for r in results]), folders, results, strict=True):
+        groups.setdefault(name, []).append((folder, result))
+    runs, best = {}, {}
+    for name, group in groups.items():
+        seeds = {result.get("seed") for _, result in group}
+        if len(group) > 1 and len(seeds) == len(group):
+            name = f"{name or group[0][0]} (mean \N{PLUS-MINUS SIGN} sd of {len(group)} seeds)"
+            runs[name] = [row for folder, _ in group for row in read(folder)]
+            continue
+        for folder, result in group:
+            name = folder if len(group) > 1 else name or folder
+            runs[name], best[name] = read(folder), result.get("best_epoch")
+    return runs, best
+
+
+def mean_and_spread(rows, key):
+    """By epoch: [epoch], [mean], [standard deviation] of the values of one or more runs, as far as all of them go."""
+    values = {}
+    for row in rows:
+        values.setdefault(row["epoch"], []).append(row[key])
+    count = max(map(len, values.values()))
+    values = {epoch: at for epoch, at in sorted(values.items()) if len(at) == count}
+    means = [statistics.fmean(at) for at in values.values()]
+    return list(values), means, [statistics.stdev(at) if count > 1 else 0.0 for at in values.values()]
+
+
+def draw(runs, path, best=None):
     """Draw runs, a dict of name -> rows, into a PNG file at `path`.
 
-    Training is dashed, validation is drawn through, its best epoch is marked. Raises ImportError without matplotlib.
+    Rows of the same epoch, from runs with several seeds, become their mean in a band of one standard deviation. A dot
+    marks the best epoch of a run: best[name], else the one with the highest validation accuracy. Learning rates that
+    would hide each other are drawn relative to their highest. Raises ImportError without matplotlib, ValueError for
+    more runs than there are colours.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
-    matplotlib.use("Agg")  # no screen needed
-    from matplotlib import pyplot
+    if len(runs) > len(COLOURS):
+        raise ValueError(f"{len(runs)} curves are too many to tell apart in one picture: at most {len(COLOURS)}")
+    columns = min(len(runs), max(1, 130 // (max(map(len, runs)) + 8)))  # of the names above the picture
+    figure = Figure(figsize=(10, 3.5 + 0.22 * math.ceil(len(runs) / columns)), layout="constrained")
+    axes = figure.subplots(1, 3)
+    peaks = {name: max(row["lr"] for row in rows) for name, rows in runs.items()}
+    relative = max(peaks.values()) > 5 * min(peaks.values()) > 0
+    drawn = set()  # which of training and validation
+    for (name, rows), colour in zip(runs.items(), COLOURS, strict=False):
+        epochs, means, _ = mean_and_spread(rows, "val_acc")
+        accuracies = {epoch: mean for epoch, mean in zip(epochs, means, strict=True) if not math.isnan(mean)}
+        at = (best or {}).get(name) or max(accuracies, key=accuracies.get, default=None)
+        for axis, quantity, unit in ((axes[0], "loss", 1), (axes[1], "acc", 100)):
+            for part, (style, _) in STYLES.items():
+                epochs, means, spreads = mean_and_spread(rows, f"{part}_{quantity}")
+                if all(math.isnan(mean) for mean in means):
+                    continue
+                drawn.add(part)
+                means, spreads = ([unit * value for value in values] for values in (means, spreads))
+                axis.plot(epochs, means, style, color=colour, linewidth=1.6, marker="." if len(epochs) == 1 else None)
+                if any(spreads):
+                    low, high = ([m + k * s for m, s in zip(means, spreads, strict=True)] for k in (-1, 1))
+                    axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
+                if part == "val" and at in epochs:
+                    axis.plot(at, means[epochs.index(at)], "o", color=colour, markersize=6)
+        epochs, rates, _ = mean_and_spread(rows, "lr")
+        rates = [100 * rate / peaks[name] for rate in rates] if relative else rates
+        axes[2].plot(epochs, rates, color=colour, linewidth=1.6, marker="." if len(epochs) == 1 else None)
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6))
-    for i, (name, rows) in enumerate(runs.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        best = max(rows, key=lambda row: row["val_acc"])
-        epoch = [row["epoch"] for row in rows]
-        for axis, quantity in zip(axes, ("loss", "acc"), strict=False):
-            for part, style in (("train", "--"), ("val", "-")):
-                values = [row[f"{part}_{quantity}"] for row in rows]
-                label = f"{name} {part}" if len(runs) > 1 else {"train": "training", "val": "validation"}[part]
-                axis.plot(epoch, values, style, color=colour, linewidth=1.5, label=label)
-            axis.plot(best["epoch"], best[f"val_{quantity}"], "o", color=colour, markersize=5)
-        axes[2].plot(epoch, [row["lr"] for row in rows], color=colour, linewidth=1.5)
-    for axis, name in zip(axes, ("loss", "accuracy", "learning rate"), strict=True):
-        axis.set(xlabel="epoch", ylabel=name)
+    rate = "learning rate (% of its highest)" if relative else "learning rate"
+    for axis, label in zip(axes, ("loss (mean per image)", "accuracy (%)", rate), strict=True):
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    axes[2].set_ylim(bottom=0)
+    axes[2].ticklabel_format(axis="y", scilimits=(-2, 4))
+    names = [Line2D([], [], color=colour, linewidth=5, label=name) for name, colour in zip(runs, COLOURS, strict=False)]
+    figure.legend(handles=names, loc="outside upper center", ncols=columns, frameon=False)
+    key = [Line2D([], [], color="#555555", linestyle=STYLES[p][0], label=STYLES[p][1]) for p in STYLES if p in drawn]
+    if "val" in drawn:
+        key.append(Line2D([], [], color="#555555", marker="o", linestyle="", label="best epoch"))
+    figure.legend(handles=key, loc="outside lower center", ncols=len(key), frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, usage=argparse.SUPPRESS)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument("--out", default="compare.png", metavar="FILE", help="the picture (%(default)s)")
+    parser.add_argument("--out", default="curves.png", metavar="FILE", help="the picture (%(default)s)")
     args = parser.parse_args()
     try:
-        draw({Path(run).name: read(run) for run in args.runs}, args.out)
+        runs, best = collect(args.runs)
+        draw(runs, args.out, best)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except ImportError:

@@ -23,17 +23,23 @@ import torch.nn.functional as F
 from einops import repeat
 from PIL import Image
 
+import arguments
 import averaging
 import checkpoints
 import cnn_cifar10
 import data as datasets
+import devices
 import diagnose
 import early_stopping
+import finetune
 import losses
 import mlp_mnist
 import optimizers
 import outputs
 import plot
+import predict
+import ranges
+import report
 import schedulers
 import train
 import vit
@@ -73,7 +79,7 @@ def tiny(monkeypatch, tmp_path):
         return datasets.Data(small.name, small.classes, small.mean, small.std, small.train, small.test)
 
     monkeypatch.setattr(datasets, "shapes", shapes)
-    monkeypatch.setattr(plot, "draw", lambda runs, path: Path(path).write_bytes(b"picture"))
+    monkeypatch.setattr(plot, "draw", lambda runs, path, best: Path(path).write_bytes(b"picture"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -167,7 +173,7 @@ def test_parameter_counts():
     assert count(mlp_mnist.MLP(hidden=(128,), dropout=0, batch_norm=False)) == 784 * 128 + 128 + 128 * 10 + 10
     assert count(cnn_cifar10.CNN(arch="plain")) == 145_578
     assert count(cnn_cifar10.CNN()) == 1_973_186
-    args = train.parse_args(["--model", "vit"])[0]
+    args = arguments.parse(["--model", "vit"])[0]
     assert count(vit.build(args, image_size=32, channels=3, num_classes=10)) == 1_802_698
 
 
@@ -397,14 +403,14 @@ def test_every_optimizer_learns_at_its_own_rate(opt):
     model = torch.nn.Linear(8, 3)
     images, labels = torch.randn(64, 8), torch.arange(64) % 3
     labels = (images[:, :3] + images[:, 3:6]).argmax(1)
-    args = train.parse_args(["--opt", opt])[0]
-    optimizer = train.make_optimizer(args, model)
+    args = arguments.parse(["--opt", opt])[0]
+    optimizer, loss = train.make_optimizer(args, model), train.make_loss(args, None, None, None)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     losses = []
     for step in range(250):
 
         def gradient():
-            return train.backward(model, images, labels, 64, args, "fp32", scaler, optimizer)
+            return train.backward(model, images, labels, 64, loss, args, "fp32", scaler, optimizer)
 
         if opt == "lbfgs":
             losses.append(train.step_with_closure(optimizer, gradient, step)[0].item())
@@ -448,8 +454,9 @@ def test_pieces_add_up_to_the_batch():
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     gradients, results = [], []
     for accum in (1, 4):
-        args = train.parse_args(["--accum", str(accum), "--smoothing", "0.1"])[0]
-        results.append(train.backward(model, images, labels, 23, args, "fp32", scaler, optimizer))
+        args = arguments.parse(["--accum", str(accum), "--smoothing", "0.1"])[0]
+        loss = train.make_loss(args, None, None, None)
+        results.append(train.backward(model, images, labels, 23, loss, args, "fp32", scaler, optimizer))
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert torch.allclose(results[0], results[1], rtol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
@@ -737,10 +744,10 @@ def scripted(monkeypatch, accuracies):
     """Make validation give these accuracies; a test of any other size is passed through."""
     real, values = train.evaluate, iter(accuracies)
 
-    def evaluate(model, part, *rest):
+    def evaluate(model, part, *rest, **scoring):
         if len(part[1]) == 14:
             return 1.0, next(values)
-        return real(model, part, *rest)
+        return real(model, part, *rest, **scoring)
 
     monkeypatch.setattr(train, "evaluate", evaluate)
 
@@ -790,10 +797,10 @@ def test_poisoned_test_labels_change_no_training(tiny, monkeypatch):
 def test_the_test_set_is_read_once_with_the_best_weights(tiny, monkeypatch):
     read, real = [], train.evaluate
 
-    def evaluate(model, part, *rest):
+    def evaluate(model, part, *rest, **scoring):
         if len(part[1]) == 40:
             read.append({k: v.clone() for k, v in model.state_dict().items()})
-        return real(model, part, *rest)
+        return real(model, part, *rest, **scoring)
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     assert call(*TINY_MLP, "--epochs", 4, "--out", "run") == 0
@@ -985,6 +992,108 @@ def test_resume_refuses_other_images(tiny, monkeypatch, capsys):
     assert "2 steps" in said and len(said.splitlines()) == 1
 
 
+# ---------------------------------------------------------------------------------------------- tricks in a run
+
+
+@pytest.mark.parametrize(
+    "flags", ["--ema 0.9", "--mixup 1 --cutmix 1 --augment strong --reprob 0.5", "--loss mse+cosine"]
+)
+def test_resuming_with_tricks_gives_the_same_bits(flags, tiny, monkeypatch):
+    flags = [*TINY_MLP, "--epochs", 4, *flags.split()]
+    assert call(*flags, "--out", "straight") == 0
+    with monkeypatch.context() as patch:
+        halt(patch, 5)
+        assert call(*flags, "--out", "halted") == 130
+    assert call("--resume", "halted/last.pt") == 0
+    assert_same_run("straight", "halted")
+
+
+def test_the_average_is_judged_and_kept(tiny, monkeypatch):
+    averages = []
+    real = averaging.Average.update
+
+    def update(self, model):
+        real(self, model)
+        averages.append({k: v.clone() for k, v in self.model.state_dict().items()})
+
+    monkeypatch.setattr(averaging.Average, "update", update)
+    assert call(*TINY_MLP, "--epochs", 2, "--ema", 0.9, "--val-split", 0, "--out", "run") == 0
+    assert same(dict(weights("run/best.pt")), averages[-1]) and len(averages) == 6
+    last = checkpoints.load("run/last.pt")
+    assert same(dict(last["state_dict"]), averages[-1]) and not same(dict(last["ema"]["trained"]), averages[-1])
+
+
+def test_the_teacher_stays_as_it_is_and_is_followed(tiny, monkeypatch, capsys):
+    assert call(*TINY_MLP, "--epochs", 3, "--out", "teacher") == 0
+    before, seen = Path("teacher/best.pt").read_bytes(), []
+    real = train.make_loss
+
+    def make_loss(*args):
+        loss = real(*args)
+        (cell,) = [c.cell_contents for c in loss.__closure__ if isinstance(c.cell_contents, torch.nn.Module)]
+        seen.append((cell, {k: v.clone() for k, v in cell.state_dict().items()}))
+        return loss
+
+    monkeypatch.setattr(train, "make_loss", make_loss)
+    assert call(*TINY_MLP, "--epochs", 2, "--teacher", "teacher/best.pt", "--distill", 1, "--out", "pupil") == 0
+    ((teacher, start),) = seen
+    assert not teacher.training and same(start, dict(teacher.state_dict()))
+    assert Path("teacher/best.pt").read_bytes() == before
+    monkeypatch.undo()
+    monkeypatch.chdir(tiny)
+    write_folder(tiny / "pets", (32, 32))
+    assert call(*TINY_MLP, "--data", "pets", "--teacher", "teacher/best.pt") == 2
+    assert "other classes" in capsys.readouterr().err
+
+
+def test_views_are_labelled_wherever_the_figure_stands(tiny, capsys):
+    assert call(*TINY_MLP, "--tta", "--out", "run") == 0
+    assert "mean of views" in capsys.readouterr().out
+    result = json.loads(Path("run/result.json").read_text())
+    assert result["args"]["tta"] is True
+    assert call("--eval", "run/best.pt") == 0
+    said = capsys.readouterr().out
+    assert "mean of views" in said and f"{result['test_acc']:.4f}" in said and f"{result['test_loss']:.4f}" in said
+
+
+def test_runs_report_mean_and_deviation(tiny, capsys):
+    assert call(*TINY_MLP, "--runs", 3, "--seed", 4, "--out", "many") == 0
+    result = json.loads(Path("many/result.json").read_text())
+    each = [json.loads(Path(f"many/seed-{seed}/result.json").read_text()) for seed in (4, 5, 6)]
+    accs = torch.tensor([one["test_acc"] for one in each], dtype=torch.float64)
+    assert result["test_acc"] == pytest.approx(accs.mean().item()) and result["n"] == 3
+    assert result["test_acc_std"] == pytest.approx(accs.std().item())
+    assert [one["seed"] for one in result["runs"]] == [4, 5, 6] and len(set(accs.tolist())) > 1
+    assert f"{result['test_acc']:.4f} +- {result['test_acc_std']:.4f}" in capsys.readouterr().out
+    assert call(*TINY_MLP, "--seed", 5, "--out", "one") == 0
+    assert same(dict(weights("one/best.pt")), dict(weights("many/seed-5/best.pt")))
+    assert call(*TINY_MLP, "--runs", 3, "--out", "many") == 2
+
+
+def test_minutes(tiny, monkeypatch, capsys):
+    """The run lands on time, its schedule at its end; a replay by --epochs needs no clock."""
+    real = train.backward
+
+    def slow(*args):
+        time.sleep(0.01)  # so that other load on the machine matters less
+        return real(*args)
+
+    monkeypatch.setattr(train, "backward", slow)
+    flags = [word for word in TINY_MLP if word not in ("--epochs", "1")]
+    start = time.perf_counter()
+    assert call(*flags, "--minutes", 0.08, "--batch-size", 8, "--out", "timed") == 0
+    assert 0.7 * 4.8 < time.perf_counter() - start < 1.4 * 4.8
+    result = json.loads(Path("timed/result.json").read_text())
+    assert result["stopped"] == "time budget" and result["args"]["warmup_epochs"] <= result["args"]["epochs"] / 5
+    steps = checkpoints.load("timed/last.pt")["step"]
+    assert steps == round(result["args"]["epochs"] * 16) > 100
+    rows = list(csv.DictReader(Path("timed/metrics.csv").open()))
+    assert float(rows[-1]["lr"]) < 1e-3 * 0.002
+    monkeypatch.setattr(train, "backward", real)
+    assert call(*flags, "--epochs", result["args"]["epochs"], "--batch-size", 8, "--out", "replay") == 0
+    assert same(dict(weights("timed/last.pt")), dict(weights("replay/last.pt")))
+
+
 def test_sigterm_saves(tmp_path):
     command = [sys.executable, HERE / "train.py", *TINY_MLP, "--epochs", "500", "--out", "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
@@ -1101,8 +1210,9 @@ def test_models_learn_on_shapes_from_the_command_line(tmp_path):
 # ---------------------------------------------------------------------------------------------- the command line
 
 WRONG = [
-    "--model resnet", "--opt adamax", "--sched cosinus", "--loss ce", "--data nowhere", "--epochs 0", "--epochs nan",
-    "--epochs -1", "--lr -0.1", "--lr 0", "--lr inf", "--batch-size 0", "--batch-size 1.5", "--accum 0", "--accum 65",
+    "--model resnet", "--opt adamax", "--sched cosinus", "--loss l1", "--loss ce+", "--data nowhere", "--epochs 0",
+    "--epochs nan", "--epochs -1", "--lr -0.1", "--lr 0", "--lr inf", "--batch-size 0", "--batch-size 1.5",
+    "--accum 0", "--accum 65",
     "--seed -1", "--device tpu", "--device cuda:99", "--amp fp8", "--val-split -0.1", "--val-split 0.5.5",
     "--val-split 126.5", "--val-split 140", "--limit 0", "--limit 1000", "--crop-pad -1", "--crop-pad 32",
     "--smoothing 1", "--monitor test_acc", "--patience -1", "--min-delta nan", "--weight-decay -1",
@@ -1116,6 +1226,10 @@ WRONG = [
     "--epoch 3", "--model vit --patch-size 5", "--model vit --heads 5", "--model vit --pool max",
     "--model cnn --arch deep", "--model cnn --widths 1,1,1,1,1,1", "--opt lbfgs --amp fp16", "--opt lbfgs --wd 0.1",
     "--val-split 0 --sched plateau", "--out taken", "--out file", "--out file/below",
+    "--init nowhere.pt", "--freeze lay", "--model vit --norm-eps 0", "--layer-decay 0", "--layer-decay 1.5",
+    "--lr-scale haed=2", "--lr-scale head=0", "--lr-scale head", "--opt lbfgs --layer-decay 0.5", "--augment weak",
+    "--opt lbfgs --lr-scale head=2", "--reprob 2", "--mixup -1", "--cutmix nan", "--ema 1", "--mixup-off-epoch 1",
+    "--distill 1", "--temperature 2", "--teacher nowhere.pt", "--minutes 1", "--minutes 0", "--runs 0",
 ]  # fmt: skip
 
 
@@ -1403,12 +1517,30 @@ EFFECTS = {
     "pool": ("{vit}", "--pool cls", "weights"),
     "emb_dropout": ("{vit}", "--emb-dropout 0.5", "weights"),
     "drop_path": ("{vit} --depth 2", "--drop-path 0.5", "weights"),
+    "qkv_bias": ("{vit}", "--qkv-bias", "weights"),
+    "norm_eps": ("{vit}", "--norm-eps 0.1", "weights"),
+    "init": ("", "--init nowhere.pt", "status"),
+    "freeze": ("", "--freeze layers", "weights"),
+    "tensorboard": ("", "--tensorboard", "log"),
+    "minutes": ("", "--minutes 1", "status"),  # --epochs is given too; see test_minutes
+    "runs": ("", "--runs 2", "folder"),
+    "augment": ("", "--augment strong", "weights"),
+    "reprob": ("", "--reprob 1", "weights"),
+    "mixup": ("", "--mixup 1", "weights"),
+    "cutmix": ("", "--cutmix 1", "weights"),
+    "mixup_off_epoch": ("--epochs 2 --mixup 1", "--mixup-off-epoch 1", "weights"),
+    "tta": ("--epochs 2", "--tta", "val_loss"),
+    "loss": ("", "--loss mse", "weights"),
+    "teacher": ("", "--teacher teacher.pt", "weights"),
+    "distill": ("--teacher teacher.pt", "--distill 2", "weights"),
+    "temperature": ("--epochs 2 --teacher teacher.pt", "--temperature 9", "weights"),
+    "ema": ("", "--ema 0.9", "weights"),
 }
 
 
 def test_no_dead_flag(tiny, monkeypatch, capsys):
     """Every flag of every model is in the table above, and changes there what it says."""
-    flags = {dest for name in train.MODELS for dest in vars(train.make_parser(name).parse_args([]))}
+    flags = {dest for name in arguments.MODELS for dest in vars(arguments.make_parser(name).parse_args([]))}
     assert flags == set(EFFECTS)
     write_folder(tiny / "pets", (16, 16), train_count=70)
     base = "--model mlp --hidden 16 --data shapes --epochs 1 --batch-size 64"
@@ -1428,12 +1560,16 @@ def test_no_dead_flag(tiny, monkeypatch, capsys):
             seen = dict(
                 status=status, log=len(capsys.readouterr().out.splitlines()), folder=sorted(map(str, Path().rglob("*")))
             )
-            if out:
-                seen |= dict(weights=dict(weights(out / "last.pt")), best=checkpoints.load(out / "best.pt")["epoch"])
+            if out and (out / "last.pt").exists():
+                last, best = (checkpoints.load(out / name) for name in ("last.pt", "best.pt"))
+                seen |= dict(weights=dict(last["state_dict"]), best=best["epoch"], val_loss=last["metrics"]["val_loss"])
             seen |= dict(saves=len(saved))
             ran[line] = seen
         return ran[line]
 
+    observe(base)
+    (best,) = Path("runs").glob("*/best.pt")
+    shutil.copy(best, "teacher.pt")
     for dest, (both, second, what) in EFFECTS.items():
         both = f"{base} {both}".replace("{vit}", small_vit)
         a, b = observe(both).get(what), observe(f"{both} {second}").get(what)
@@ -1595,7 +1731,7 @@ FUZZED = {
     for dest in EFFECTS
     if dest not in ("resume", "eval", "epochs", "out", "data_dir")
 } | dict(
-    model=[*train.MODELS, "", "MLP"], opt=[*optimizers.OPTIMIZERS, "Adam"], sched=[*schedulers.SCHEDULES, "x"],
+    model=[*arguments.MODELS, "", "MLP"], opt=[*optimizers.OPTIMIZERS, "Adam"], sched=[*schedulers.SCHEDULES, "x"],
     data=["shapes", "pets", "nowhere", "", "/", "pets/train", "file"], epochs=["0.5", "1", "2", "0", "nan", "x"],
     amp=["auto", "off", "bf16", "fp16", "x"], device=["cpu", "auto", "cuda", "cpu:1", "meta", ""],
     depth=["0", "1", "2", "x"],
@@ -1610,11 +1746,11 @@ def test_random_flags_end_in_success_or_in_one_line(tiny, capsys):
     draw, ends, faults = random.Random(0), {}, []
     small = {"mlp": "--hidden 8", "cnn": "--widths 4,4", "vit": "--patch-size 4 --dim 8 --depth 1 --heads 1"}
     for case in range(3000):
-        model = draw.choice([*train.MODELS])
+        model = draw.choice([*arguments.MODELS])
         argv = ["--model", model, *small[model].split(), "--epochs", "1", "--data", "shapes", "--out", f"run-{case}"]
-        dests = list(vars(train.make_parser(model).parse_args([])))
+        dests = list(vars(arguments.make_parser(model).parse_args([])))
         for dest in draw.sample(sorted(FUZZED.keys() & dests), draw.choice([1, 1, 2, 3])):
-            flag = train.flag_name(dest)
+            flag = ranges.flag_name(dest)
             no_value = dest in ("flip", "nesterov", "decay_all", "batch_norm")
             argv += [flag] if no_value else [f"{flag}={draw.choice(FUZZED[dest])}"]
         try:
@@ -2247,6 +2383,514 @@ def test_diagnose_command_line(tmp_path, capsys):
     assert done.returncode == 2 and done.stderr.startswith("diagnose.py: error: ")
 
 
+# ---------------------------------------------------------------------------------------------- see it and use it
+
+
+DRAW = plot.draw  # which the fixture tiny replaces
+
+
+def missing(monkeypatch, *packages):
+    """Make imports of packages fail, as if they weren't installed."""
+    for name in [*packages, *(m for m in sys.modules if m.split(".")[0] in packages)]:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def curve_rows(accuracies, lr=0.1):
+    return [dict(r, train_acc=r["val_acc"], val_loss=1.0) for r in rows(accuracies, lr=lr)]
+
+
+def fake_run(folder, accuracies, best_epoch=None, **args):
+    folder.mkdir(parents=True)
+    names = {k: 0 for k in outputs.COLUMNS}
+    outputs.write_metrics([names | row for row in curve_rows(accuracies)], folder / "metrics.csv")
+    args = dict(model="mlp", data="a/long/path", opt="adamw", lr=0.1, out=str(folder), seed=0, flip=False) | args
+    result = dict(data="pets", seed=args["seed"], best_epoch=best_epoch or len(accuracies), args=args)
+    outputs.write_result(result, folder / "result.json")
+    return folder
+
+
+def test_runs_are_named_by_what_differs(tmp_path):
+    def named(*arguments):
+        folders = [fake_run(tmp_path / f"{len(list(tmp_path.iterdir()))}", [0.5, 0.6], **a) for a in arguments]
+        return [name.removeprefix(f"{tmp_path}/") for name in plot.collect(folders)[0]]
+
+    assert named(dict(opt="sgd"), dict(opt="adamw")) == ["sgd", "adamw"]
+    assert named(dict(opt="sgd", lr=1.0), dict(opt="sgd", lr=0.1), dict(seed=1)) == ["sgd, lr 1", "sgd, lr 0.1",
+                                                                                      "adamw, lr 0.1"]  # fmt: skip
+    assert named(dict(flip=True), dict(seed=3)) == ["flip", "no flip"]
+    assert named(dict(hidden=[8]), dict(hidden=[8, 8])) == ["hidden [8]", "hidden [8, 8]"]
+    assert named(dict(opt="sgd"), dict(seed=1), dict(seed=2)) == [
+        "sgd",
+        "adamw (mean \N{PLUS-MINUS SIGN} sd of 2 seeds)",
+    ]
+    before = len(list(tmp_path.iterdir()))
+    assert named({}, {}) == [f"{before}", f"{before + 1}"]  # the same run twice isn't two seeds
+    (tmp_path / "0" / "result.json").unlink()  # as while it goes on
+    assert next(iter(plot.collect([tmp_path / "0", tmp_path / "1"])[0])) == str(tmp_path / "0")
+
+
+def test_seeds_become_mean_and_band_as_far_as_all_of_them_go():
+    epochs, means, spreads = plot.mean_and_spread(curve_rows([0.2, 0.5, 0.9]) + curve_rows([0.4, 0.5]), "val_acc")
+    assert epochs == [1, 2] and means == pytest.approx([0.3, 0.5]) and spreads == pytest.approx([0.02**0.5, 0])
+
+
+def test_plot_command_line(tmp_path):
+    for name, more in (("a", {}), ("b", dict(seed=1)), ("c", dict(opt="sgd"))):
+        fake_run(tmp_path / name, [0.5, 0.7, 0.6], **more)
+    done = python(HERE / "plot.py", "a", "b", "c", "--out", "three.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "three.png").size == (1500, 558)
+    for wrong, word in ((["nowhere"], "nowhere"), (["a", *(f"r{i}" for i in range(9))], "10 curves")):
+        if "r0" in wrong:
+            for i in range(9):
+                fake_run(tmp_path / f"r{i}", [0.5], lr=float(i + 1))
+        done = python(HERE / "plot.py", *wrong, cwd=tmp_path)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("accuracies", [[0.5], [math.nan, math.nan], [0.5, math.nan, 0.7]])
+def test_curves_of_short_runs_and_without_validation(accuracies, tmp_path):
+    plot.draw({"a run": curve_rows(accuracies)}, tmp_path / "a.png", best={"a run": 1})
+    assert Image.open(tmp_path / "a.png").size == (1500, 558)
+
+
+def test_curves_are_drawn_on_the_way(tiny, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda runs, path, best: drawn.append((len(runs["run"]), best["run"])))
+    monkeypatch.setattr(train, "DRAW_EVERY", 0)
+    scripted(monkeypatch, [0.1, 0.3, 0.2])
+    assert call(*TINY_MLP, "--epochs", 3, "--out", "run") == 0
+    assert drawn == [(1, 1), (2, 2), (3, 2), (3, 2)]
+
+
+def test_a_run_without_matplotlib_and_tensorboard(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "draw", DRAW)
+    missing(monkeypatch, "matplotlib", "tensorboard", "torch.utils.tensorboard")
+    assert call(*TINY_MLP, "--tensorboard", "--out", "run") == 0
+    said = capsys.readouterr().out
+    assert "pip install matplotlib" in said and "pip install tensorboard" in said
+    assert not Path("run/curves.png").exists() and Path("run/result.json").exists()
+
+
+def test_tensorboard_gets_what_the_table_has(tiny, monkeypatch):
+    written = {}
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.flush = lambda: None
+
+        def add_scalar(self, name, value, step):
+            written[name, step] = value
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("fake", (), dict(SummaryWriter=SummaryWriter)))
+    assert call(*TINY_MLP, "--epochs", 2, "--val-split", 0, "--tensorboard", "--out", "run") == 0
+    history = checkpoints.load("run/last.pt", keys=checkpoints.RESUME_KEYS)["history"]
+    names = {"lr", "train_loss", "train_acc", "seconds", "images_per_second"}  # nothing was validated
+    assert written == {(name, row["step"]): row[name] for row in history for name in names}
+
+
+@pytest.fixture
+def trained(tiny):
+    """Tiny checkpoints by name, of models with random heads, made without training."""
+
+    def make(name, model, data, **more):
+        content = dict(model=name.split("-")[0], model_args=model.model_args, classes=data.classes, epoch=1, metrics={})
+        content |= dict(image_size=data.test[0].shape[-1], channels=data.test[0].shape[1], mean=data.mean, std=data.std)
+        content |= dict(
+            state_dict=give_head_weights(model).state_dict(), args=dict(val_split=0.1, seed=0, data=data.name)
+        )
+        checkpoints.save(content | more, f"{name}.pt")
+
+    torch.manual_seed(0)
+    shapes = datasets.shapes()
+    grey = [
+        (images.float().mean(1, keepdim=True).byte()[:, :, :28, :28], y) for images, y in (shapes.train, shapes.test)
+    ]
+    grey = datasets.Data("grey", [str(i) for i in range(10)], (0.13,), (0.31,), *grey)
+    make("mlp", mlp_mnist.MLP(hidden=(32,)), grey)
+    make("cnn", cnn_cifar10.CNN(widths=(4, 8)), shapes)
+    small = dict(image_size=32, patch_size=8, num_classes=10, dim=16, depth=2, heads=2, mlp_dim=16)
+    make("vit-mean", vit.ViT(**small, pool="mean"), shapes)
+    make("vit-cls", vit.ViT(**small, pool="cls"), shapes)
+    return grey, shapes
+
+
+def save_images(images, folder):
+    folder.mkdir()
+    for i, image in enumerate(images):
+        image = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+        Image.fromarray(image.numpy()).save(folder / f"{i:03}.png")
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_predictions_of_saved_images_are_those_of_the_tensors(name, trained, tiny, capsys):
+    data = trained[name == "cnn"]
+    save_images(data.test[0], tiny / "images")
+    assert predict.main([f"{name}.pt", "images", "--json", "--top", "10"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    checkpoint = checkpoints.load(f"{name}.pt")
+    device = torch.device("cpu")
+    model = train.rebuild(checkpoint).eval()
+    expected = predict.logits_of(model, data.test[0], checkpoint, device).softmax(1)
+    assert [line["file"] for line in lines] == [f"images/{i:03}.png" for i in range(40)]
+    assert [line["class"] for line in lines] == [data.classes[i] for i in expected.argmax(1)]
+    assert [line["probability"] for line in lines] == pytest.approx(expected.amax(1).tolist(), abs=1e-6)
+    assert all(sum(c["probability"] for c in line["top"]) == pytest.approx(1, abs=1e-4) for line in lines)
+    right = sum(line["class"] == data.classes[y] for line, y in zip(lines, data.test[1], strict=True)) / 40
+    assert right == train.evaluate(model, data.test, data, device, devices.choose_precision("auto", device))[1]
+
+
+def test_predict_as_text_crops_inverts_and_hints(trained, tiny, capsys):
+    digit = trained[0].test[0][0, 0]
+    Image.fromarray(digit.numpy()).save("dark.png")
+    wide = torch.full((28, 40), 255, dtype=torch.uint8)
+    wide[:, 6:34] = 255 - digit
+    Image.fromarray(wide.numpy()).save("photo.png")
+    light = Image.fromarray(torch.stack([wide] * 3, 2).numpy()).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 270 degrees
+    light.save("turned.png", exif=exif)
+    Image.new("L", (28, 28), 255).save("white.png")
+    assert predict.main(["mlp.pt", "dark.png", "--top", "2"]) == 0
+    expected = capsys.readouterr().out.removeprefix("dark.png: ")
+    assert expected.count(" %") == 2 and expected.count(",") == 1
+    assert predict.main(["mlp.pt", "photo.png", "turned.png", "--top", "2", "--invert"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"photo.png: {expected}turned.png: {expected}"
+    assert "2 of 2 images aren't square" in said.err and "hint" not in said.err
+    assert predict.main(["mlp.pt", "white.png", "dark.png"]) == 0
+    assert "1 of 2 images look dark on light" in capsys.readouterr().err
+    assert predict.main(["cnn.pt", "white.png"]) == 0  # of colour models light backgrounds are no surprise
+    assert "hint" not in capsys.readouterr().err
+
+
+def test_predict_names_what_is_no_image_and_reads_the_rest(trained, tiny, capsys):
+    save_images(trained[1].test[0][:2], tiny / "images")
+    Path("images/000a.png").write_bytes(b"no image")
+    Path("images/notes.txt").write_text("not looked at")
+    assert predict.main(["cnn.pt", "images"]) == 2
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2
+    assert len(said.err.splitlines()) == 1 and "000a.png can't be read as an image" in said.err
+
+
+PREDICT_WRONG = [
+    "nowhere.pt image.png", "text.pt image.png", "cnn.pt", "cnn.pt nowhere.png", "cnn.pt empty", "cnn.pt text.pt",
+    "cnn.pt image.png --top 0", "cnn.pt image.png --top 11", "cnn.pt image.png --device tpu",
+    "cnn.pt image.png --out x", "cnn.pt image.png --data-dir x",
+    "cnn.pt --report nowhere", "cnn.pt --report pets", "cnn.pt image.png --report shapes", "mlp.pt --report shapes",
+    "cnn.pt --report shapes --top 0", "cnn.pt --report shapes --export x.pt2", "cnn.pt image.png --attention a.png",
+    "vit-cls.pt --attention a.png", "vit-cls.pt image.png image.png --attention a.png", "cnn.pt --export model.txt",
+    "vit-cls.pt image.png --attention a.nothing", "cnn.pt --export nowhere/model.pt2", "cnn.pt --export x.pt2 --invert",
+]  # fmt: skip
+
+
+def test_predict_refuses_in_one_line(trained, tiny, capsys):
+    Image.new("RGB", (32, 32)).save("image.png")
+    Path("text.pt").write_text("no checkpoint")
+    Path("empty").mkdir()
+    write_folder(tiny / "pets", (32, 32))
+    before = {path for path in tiny.rglob("*") if "data" not in path.parts[-3:]}
+    for wrong in PREDICT_WRONG:
+        assert predict.main(wrong.split()) == 2, wrong
+        said = capsys.readouterr()
+        assert len(said.err.splitlines()) == 1 and "predict.py: error: " in said.err and said.out == "", (wrong, said)
+        after = {path for path in tiny.rglob("*") if "data" not in path.parts[-3:]}
+        assert after == before, f"{wrong} left something behind"
+
+
+def test_confusion_and_shares_are_those_of_a_count_by_hand():
+    labels, predicted = torch.tensor([0, 0, 0, 1, 1, 3]), torch.tensor([0, 0, 1, 1, 0, 1])
+    matrix = report.confusion(labels, predicted, 4)
+    assert matrix.tolist() == [[2, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
+    precision, recall = report.precision_and_recall(matrix)
+    assert precision.tolist() == pytest.approx([2 / 3, 1 / 3, math.nan, math.nan], nan_ok=True)
+    assert recall.tolist() == pytest.approx([2 / 3, 1 / 2, math.nan, 0], nan_ok=True)
+    text = report.as_text(matrix, ["ant", "bee", "cow", "dog"]).splitlines()
+    assert text[1].split() == ["ant", "0.6667", "0.6667", "3"] and text[3].split() == ["cow", "-", "-", "0"]
+    assert text[-4].split() == ["ant", "2", "1", ".", "."]
+    many = report.as_text(torch.eye(30, dtype=torch.int64) + (torch.arange(900) == 31).view(30, 30), ["x"] * 29 + ["y"])
+    assert "most frequent errors" in many
+
+
+def test_calibration_error_is_that_of_a_case_by_hand():
+    def logits(*probabilities):
+        p = torch.tensor(probabilities)
+        return torch.stack((p, 1 - p), 1).log()
+
+    # In (0.9, 1]: confidences 0.95, 0.95, one right. In (0.5, 0.6]: 0.55, right. In (0.7, 0.8]: 0.75 of class 1, right.
+    values, labels = logits(0.95, 0.95, 0.55, 0.25), torch.tensor([0, 1, 0, 1])
+    error, bins = report.calibration(values, labels, bins=10)
+    assert error == pytest.approx((2 * 0.45 + 0.45 + 0.25) / 4, abs=1e-6)
+    assert [n for n, _, _ in bins] == [0, 0, 0, 0, 0, 1, 0, 1, 0, 2]
+    assert bins[9][1:] == pytest.approx((0.95, 0.5))
+    assert report.calibration(torch.tensor([[100.0, 0.0]]), torch.tensor([0]))[0] == 0
+
+
+def test_temperature_is_found():
+    generator = torch.Generator().manual_seed(0)
+    true = 2 * torch.randn(4000, 5, generator=generator)
+    labels = torch.multinomial(true.softmax(1), 1, generator=generator).flatten()
+    assert report.fit_temperature(true, labels) == pytest.approx(1, abs=0.1)
+    t = report.fit_temperature(true * 3, labels)
+    assert t == pytest.approx(3 * report.fit_temperature(true, labels), rel=1e-6)
+    losses = [F.cross_entropy(true * 3 / x, labels) for x in (0.97 * t, t, 1.03 * t)]
+    assert losses[1] < losses[0] and losses[1] < losses[2]
+    assert report.fit_temperature(torch.tensor([[1.0, 0.0]]), torch.tensor([0])) == pytest.approx(0.01)  # all right
+
+
+def test_report(trained, tiny, capsys):
+    assert predict.main(["cnn.pt", "--report", "shapes"]) == 0
+    said = capsys.readouterr()
+    assert call("--eval", "cnn.pt") == 0
+    assert said.out.splitlines()[0] == capsys.readouterr().out.strip()
+    assert "temperature fitted on 14 validation images" in said.out and "report-shapes" in said.err
+    sizes = {f.name: Image.open(f).size for f in Path("report-shapes").iterdir()}
+    assert sizes == {"confusion.png": (1185, 1065), "mistakes.png": (1350, 1800), "reliability.png": (900, 900)}
+
+
+def test_report_of_a_perfect_model_has_no_mistakes_to_draw(tmp_path):
+    images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    report.draw_mistakes(images, F.one_hot(labels).float(), labels, ["a", "b"], tmp_path / "none.png")
+    assert Image.open(tmp_path / "none.png").width == 1350
+
+
+def test_predict_without_matplotlib_and_onnx(trained, tiny, monkeypatch, capsys):
+    missing(monkeypatch, "matplotlib", "onnx", "onnxscript")
+    Image.new("RGB", (32, 32)).save("image.png")
+    assert predict.main(["cnn.pt", "--report", "shapes", "--json", "--out", "there"]) == 0
+    said = capsys.readouterr()
+    assert "pip install matplotlib" in said.err and Path("there").is_dir()
+    figures = json.loads(said.out)
+    assert sum(map(sum, figures["confusion"])) == 40 and set(figures["precision"]) == set(trained[1].classes)
+    assert figures["test_acc"] == sum(figures["confusion"][i][i] for i in range(10)) / 40
+    for words in ("vit-cls.pt image.png --attention a.png", "cnn.pt --export a.onnx"):
+        assert predict.main(words.split()) == 1
+        said = capsys.readouterr().err
+        assert "pip install" in said and len(said.splitlines()) == 1, said
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_attention_maps_and_rollout(pool):
+    torch.manual_seed(0)
+    model = give_head_weights(vit.ViT(**VIT | dict(depth=3), pool=pool)).eval()
+    images = images_for(model, 2)
+    before = model(images)
+    maps = model.attention_maps(images)
+    tokens = 64 + (pool == "cls")
+    assert maps.shape == (3, 2, 2, tokens, tokens)
+    assert torch.allclose(maps.sum(-1), torch.ones(3, 2, 2, tokens), atol=1e-5)
+    assert torch.equal(model(images), before)
+    # The first layer's, from the definition.
+    x = model.blocks[0].norm_1(model.embed(images))
+    q, k, _ = model.blocks[0].attention.to_qkv(x).reshape(2, tokens, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    assert torch.allclose(maps[0], (q @ k.transpose(2, 3) / 4).softmax(-1), atol=1e-6)
+
+    flow = vit.rollout(maps)
+    assert flow.shape == (2, tokens, tokens)
+    assert torch.allclose(flow.sum(-1), torch.ones(2, tokens), atol=1e-5)
+    eye = torch.eye(tokens)
+    first, second, third = ((layer.mean(1) + eye) / 2 for layer in maps)
+    assert torch.allclose(flow, third @ second @ first, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_attention_picture(pool, trained, tiny, capsys):
+    save_images(trained[1].test[0][:1], tiny / "images")
+    assert predict.main([f"vit-{pool}.pt", "images/000.png", "--attention", "a.png"]) == 0
+    assert Image.open("a.png").size == (1200, 427) and "wrote a.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit-cls"])
+def test_exported_program_equals_the_model(name, trained, tiny, capsys):
+    assert predict.main([f"{name}.pt", "--export", "model.pt2"]) == 0
+    assert "differs from the model by" in capsys.readouterr().out
+    model, program = train.rebuild(checkpoints.load(f"{name}.pt")).eval(), torch.export.load("model.pt2").module()
+    for count in (1, 3, 8):
+        images = images_for(model, count)
+        assert torch.allclose(program(images), model(images), atol=1e-5)
+
+
+def test_a_wrong_export_is_not_kept(trained, tiny, monkeypatch, capsys):
+    class Other:
+        def module(self):
+            return lambda images: torch.zeros(len(images), 10)
+
+    monkeypatch.setattr(torch.export, "export", lambda *args, **more: None)
+    monkeypatch.setattr(torch.export, "save", lambda program, path: path.write_bytes(b"a program"))
+    monkeypatch.setattr(torch.export, "load", lambda path: Other())
+    assert predict.main(["cnn.pt", "--export", "model.pt2"]) == 1
+    assert "differs from the model" in capsys.readouterr().err and not Path("model.pt2").exists()
+
+
+# ---------------------------------------------------------------------------------------------- other people's weights
+
+
+def timm_weights(dim=128, depth=2, mlp_dim=32, patch=4, side=2, classes=3):
+    """A state dict with the names and shapes of timm's VisionTransformer, filled by seed."""
+    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, side * side + 1, dim)}
+    shapes |= {"patch_embed.proj.weight": (dim, 3, patch, patch), "patch_embed.proj.bias": (dim,)}
+    for i in range(depth):
+        for name, size in (
+            ("norm1", (dim,)), ("attn.qkv", (3 * dim, dim)), ("attn.proj", (dim, dim)),
+            ("norm2", (dim,)), ("mlp.fc1", (mlp_dim, dim)), ("mlp.fc2", (dim, mlp_dim)),
+        ):  # fmt: skip
+            shapes |= {f"blocks.{i}.{name}.weight": size, f"blocks.{i}.{name}.bias": size[:1]}
+    shapes |= {"norm.weight": (dim,), "norm.bias": (dim,), "head.weight": (classes, dim), "head.bias": (classes,)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+# What timm's VisionTransformer(img_size=8, patch_size=4, embed_dim=128, depth=2, num_heads=2, mlp_ratio=0.25,
+# num_classes=3) gives with timm_weights() for torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).
+TIMM_OUTPUT = [[0.371553, 0.148592, 0.346703], [-0.05809, 0.221442, 0.064326]]
+
+
+def test_timm_weights_give_timm_output():
+    keywords, state = vit.from_timm(timm_weights())
+    model = vit.ViT(**keywords).eval()
+    model.load_state_dict(state)
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(model(images), torch.tensor(TIMM_OUTPUT), rtol=0, atol=3e-6)  # an eps of 1e-5 gives 9e-6
+    assert keywords["heads"] == 2 and keywords["qkv_bias"] and keywords["norm_eps"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.pop("pos_embed"),
+        lambda w: w.update({"fc_norm.weight": torch.ones(128)}),
+        lambda w: w.update({"blocks.0.ls1.gamma": torch.ones(128)}),
+        lambda w: w.pop("blocks.1.mlp.fc2.bias"),
+        lambda w: w.update(pos_embed=torch.zeros(1, 4, 128)),
+        lambda w: [w.pop(name) for name in list(w) if name.startswith("blocks.")],
+    ],
+)
+def test_other_weights_of_timm_are_refused(change, tiny, capsys):
+    weights = timm_weights()
+    change(weights)
+    with pytest.raises(ValueError, match="timm"):
+        vit.from_timm(weights)
+    torch.save(weights, "timm.pt")
+    assert call("--model", "vit", "--init", "timm.pt", *TINY) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "timm.pt" in said
+
+
+def test_positions_are_interpolated():
+    torch.manual_seed(0)
+    ramp = torch.arange(64.0).view(1, 64, 1).expand(1, 64, 32)
+    for pool, first in (("cls", 1), ("mean", 0)):
+        model = vit.ViT(**VIT | dict(image_size=64), pool=pool)  # 16 x 16 patches
+        state = dict(cls_token=torch.zeros(1, 1, 32), pos_embedding=torch.cat([torch.full((1, 1, 32), 9.0), ramp], 1))
+        new = model.resize_positions(state)["pos_embedding"]
+        assert new.shape == model.pos_embedding.shape
+        assert (new[:, :first] == 9).all()
+        grid = new[0, first:, 0].view(16, 16)
+        assert grid.mean().item() == pytest.approx(31.5, abs=0.1)
+        inner = grid[4:12, 4:12]  # a linear ramp stays one: half a step each way
+        assert torch.allclose(inner.diff(dim=1), torch.full((8, 7), 0.5), atol=1e-2)
+        assert torch.allclose(inner.diff(dim=0), torch.full((7, 8), 4.0), atol=1e-1)
+    model = vit.ViT(**VIT)
+    state = model.state_dict()
+    assert model.resize_positions(state) is state
+
+
+def test_init_from_timm(tiny, capsys):
+    torch.save(timm_weights(), "timm.pt")
+    assert (
+        call(*TINY, "--model", "vit", "--init", "timm.pt", "--freeze", "blocks", "--freeze", "norm", "--out", "run")
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "30 of the model's 32 tensors loaded" in said and "skipped for their shape: head.bias (3,) for (10,)" in said
+    assert "positions resized from (1, 5, 128) to (1, 65, 128)" in said
+    checkpoint = checkpoints.load("run/best.pt")
+    assert checkpoint["model_args"]["dim"] == 128 and checkpoint["model_args"]["qkv_bias"]
+    after, before = checkpoint["state_dict"], vit.from_timm(timm_weights())[1]
+    for name in before:
+        if name.startswith(("blocks.", "norm.")):
+            assert torch.equal(after[name], before[name]), name
+    assert not torch.equal(after["patch_embedding.weight"], before["patch_embedding.weight"])
+    Path("timm.pt").unlink()  # a resumed run needs it no more, and keeps what is frozen
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 0
+    assert torch.equal(weights("run/last.pt")["blocks.0.mlp.0.weight"], before["blocks.0.mlp.0.weight"])
+
+
+def test_init_from_a_checkpoint(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "first") == 0
+    assert call("--data", "shapes", "--init", "first/best.pt", "--epochs", 1, "--lr", "1e-12", "--out", "second") == 0
+    assert "tensors loaded" in capsys.readouterr().out
+    second = checkpoints.load("second/best.pt")
+    assert second["model_args"]["hidden"] == (16,)  # the file says so, no flag
+    for name, tensor in weights("first/best.pt").items():
+        assert torch.allclose(second["state_dict"][name], tensor, atol=1e-6) or "running" in name or "num" in name, name
+    write_folder(tiny / "pets", (32, 32), classes="abcdefghij")  # as many classes, but others
+    assert call("--data", "pets", "--init", "first/best.pt", "--epochs", 1, "--out", "third") == 0
+    assert "started afresh: head.bias, head.weight" in capsys.readouterr().out
+    for wrong in (
+        ["--model", "vit", "--init", "first/best.pt"],
+        ["--model", "cnn", "--init", "first/best.pt"],
+        ["--model", "mlp", "--init", "timm.pt"],
+        ["--model", "vit", "--init", "other.pt"],
+    ):
+        torch.save(timm_weights(), "timm.pt")
+        torch.save({"weights": torch.zeros(3)}, "other.pt")
+        assert call(*TINY, *wrong) == 2
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1 and wrong[-1] in said, said
+
+
+def test_safetensors(tiny, monkeypatch, capsys):
+    Path("timm.safetensors").write_bytes(b"")
+    with monkeypatch.context() as patch:
+        missing(patch, "safetensors")
+        assert call(*TINY, "--model", "vit", "--init", "timm.safetensors") == 2
+    assert "pip install safetensors" in capsys.readouterr().err
+    fake = type("fake", (), dict(load_file=lambda path: timm_weights()))
+    monkeypatch.setitem(sys.modules, "safetensors", type("fake", (), {}))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", fake)
+    assert call(*TINY, "--model", "vit", "--init", "timm.safetensors", "--out", "run") == 0
+    assert checkpoints.load("run/best.pt")["model_args"]["depth"] == 2
+
+
+def test_frozen_parts_stay_to_the_bit(tiny, capsys):
+    assert (
+        call(
+            *TINY,
+            "--model",
+            "cnn",
+            "--widths",
+            "4,8",
+            "--freeze",
+            "body.0",
+            "--freeze",
+            "body.1",
+            "--wd",
+            1,
+            "--out",
+            "run",
+        )
+        == 0
+    )
+    torch.manual_seed(0)
+    before = cnn_cifar10.CNN(widths=(4, 8)).state_dict()
+    after = weights("run/last.pt")
+    for name in before:  # running statistics of frozen norms, too
+        frozen = name.startswith(("body.0.", "body.1."))
+        assert torch.equal(after[name], before[name]) == frozen, name
+    assert call(*TINY, "--model", "vit", "--freeze", "block") == 2
+    assert "blocks" in capsys.readouterr().err
+    assert call(*TINY_MLP, "--freeze", "layers", "--freeze", "head") == 2
+    assert "nothing to train" in capsys.readouterr().err
+
+
+def test_freeze_takes_whole_parts_of_names():
+    model = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(11)))
+    finetune.freeze(model, ["1"])
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["1.weight", "1.bias"]
+
+
 # ---------------------------------------------------------------------------------------------- files alone
 
 ALONE = {
@@ -2265,9 +2909,15 @@ ALONE = {
     "early_stopping.py": "from early_stopping import *; assert best_row([dict(epoch=1, val_acc=1.)], 'val_acc')",
     "checkpoints.py": "import checkpoints; checkpoints.save({'a': 1}, 'a.pt'); "
     "checkpoints.load('a.pt', keys={'a': int})",
+    "finetune.py": "from finetune import *; m = torch.nn.Linear(2, 2); load_matching(m, m.state_dict()); "
+    "freeze(m, ['bias']); train_mode(m)",
+    "report.py": "from report import *; m = confusion(torch.tensor([0, 1]), torch.tensor([0, 0]), 2); "
+    "assert m.tolist() == [[1, 0], [1, 0]]; draw_confusion(m, ['a', 'b'], 'a.png')",
     "devices.py": "import devices; devices.choose_precision('auto', devices.choose_device('auto'))",
     "outputs.py": "import outputs; a = outputs.claim(None, 'runs/a'); b = outputs.claim(None, 'runs/a'); "
     "assert b[0].name == 'a-2'",
+    "ranges.py": "import ranges; assert ranges.flag_name('batch_size') == '--batch-size'",
+    "budget.py": "import budget, time; assert 4 < budget.steps_within(0.2, lambda n: time.sleep(0.001), 9, []) < 199",
     "processes.py": "import processes; assert processes.count() == 1 and processes.once(lambda: 3) == 3",
     "plot.py": "import plot; r = dict(epoch=1, lr=1, train_loss=1, train_acc=0, val_loss=1, val_acc=0); "
     "plot.draw({'a': [r, r | dict(epoch=2)]}, 'a.png')",
@@ -2275,7 +2925,7 @@ ALONE = {
 
 
 def test_every_ground_floor_file_runs_alone(tmp_path):
-    above = {"train.py", "test_smoke.py", "predict.py", "diagnose.py", "bench.py"}
+    above = {"train.py", "arguments.py", "test_smoke.py", "predict.py", "diagnose.py", "bench.py"}
     assert set(ALONE) == {file.name for file in HERE.glob("*.py")} - above
     running = {}
     for file, code in ALONE.items():

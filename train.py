@@ -7,210 +7,41 @@
     python train.py --eval runs/vit-cifar10-adamw-cosine/best.pt
     torchrun --nproc_per_node 2 train.py --model vit                # several processes
 
-The rooms of this file: arguments, set-up, one pass, the run, main. Every file that it imports can be copied alone.
+The rooms of this file: set-up, one pass, the run, main. Its flags are in arguments.py.
 """
 
 import argparse
+import copy
 import functools
 import math
-import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
+import arguments
+import averaging
+import budget
 import checkpoints
-import cnn_cifar10
 import data as datasets
 import devices
 import early_stopping
-import mlp_mnist
+import finetune
+import losses
 import optimizers
 import outputs
 import plot
 import processes
-import schedulers
-import vit
+import ranges
+from ranges import flag_name
 
-MODELS = {"mlp": (mlp_mnist, mlp_mnist.MLP), "cnn": (cnn_cifar10, cnn_cifar10.CNN), "vit": (vit, vit.ViT)}
 EVAL_BATCH = 500
+DRAW_EVERY = 30  # seconds: drawing takes half of one
 NOT_FINITE = "lower --lr, or add --warmup-epochs or --clip-grad 1"
-
-# ---------------------------------------------------------------------------------------------- arguments
-
-
-def make_parser(model):
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__.splitlines()[0]} The defaults in brackets are those of --model {model}.",
-        usage=argparse.SUPPRESS,  # an error is one line
-        allow_abbrev=False,
-    )
-    flag = parser.add_argument_group("run").add_argument
-    flag("--model", default="mlp", choices=MODELS, help="each has flags of its own: --model NAME --help (mlp)")
-    flag("--epochs", type=float, metavar="N", help="length of the run, fractions allowed (%(default)s)")
-    flag("--batch-size", type=int, metavar="N", help="images per optimizer step (%(default)s)")
-    flag("--accum", type=int, default=1, metavar="N", help="pass a batch in N pieces, to save memory (%(default)s)")
-    flag("--seed", type=int, default=0, metavar="N", help="of weights, split, order and augmentation (%(default)s)")
-    flag("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is there")
-    flag("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision: auto is bf16 where native")
-    flag("--out", metavar="DIR", help="output folder (runs/<model>-<data>-<opt>-<sched>)")
-    flag("--log-interval", type=int, default=0, metavar="N", help="report every N steps too (0: every epoch)")
-    flag("--save-every", type=int, default=0, metavar="N", help="write last.pt every N steps too (0: every epoch)")
-    flag("--resume", metavar="FILE", help="go on with the run that wrote this last.pt")
-    flag("--eval", metavar="FILE", help="print the test accuracy of this checkpoint and nothing else")
-
-    flag = parser.add_argument_group("data").add_argument
-    flag("--data", metavar="NAME", help=f"{', '.join(datasets.NAMES)}, or a folder of images (%(default)s)")
-    flag("--data-dir", default="data", metavar="DIR", help="where datasets and caches lie (%(default)s)")
-    flag("--img-size", type=int, metavar="N", help="scale a folder's images to N x N (as the first, at most 64)")
-    flag("--val-split", type=float, default=0.1, metavar="X", help="held out: fraction or count (%(default)s)")
-    flag("--limit", type=int, metavar="N", help="train on N images only")
-    flag("--crop-pad", type=int, default=0, metavar="N", help="shift images by up to N pixels (%(default)s)")
-    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of them (%(default)s)")
-
-    flag = parser.add_argument_group("loss and stopping").add_argument
-    flag("--smoothing", type=float, default=0.0, metavar="X", help="label smoothing (%(default)s)")
-    flag("--monitor", default="val_acc", choices=["val_acc", "val_loss"], help="what picks the best epoch (val_acc)")
-    flag("--patience", type=int, default=20, metavar="N", help="stop after N epochs without a best; 0: never (20)")
-    flag("--min-delta", type=float, default=0.0, metavar="X", help="by how much a best must be better (%(default)s)")
-
-    group = parser.add_argument_group("optimizer")
-    group.add_argument("--opt", choices=optimizers.OPTIMIZERS, help="(%(default)s)")
-    group.add_argument("--clip-grad", type=float, metavar="X", help="largest norm of the gradient (%(default)s)")
-    optimizers.add_args(group)
-    group = parser.add_argument_group("schedule")
-    group.add_argument("--sched", choices=schedulers.SCHEDULES, help="(%(default)s)")
-    schedulers.add_args(group)
-    MODELS[model][0].add_args(parser.add_argument_group(f"--model {model}"))
-    return parser
-
-
-def parse_args(argv=None):
-    """The arguments of a run: what the user gave, else the model's RECIPE, else the optimizer's and common defaults.
-
-    Returns them, as a dict those that the user gave, and the checkpoint to go on from or None. Raises ValueError for
-    what can be seen to be wrong in them.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--model", default="mlp")
-    first.add_argument("--resume")
-    first.add_argument("--out")
-    chosen = first.parse_known_args(argv)[0]
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and chosen.out and not chosen.resume:
-        last = Path(chosen.out) / "last.pt"  # torchrun has started the run anew after a failure
-        chosen.resume = str(last) if processes.once(last.exists) else None
-    checkpoint = None
-    if chosen.resume:
-        checkpoint = processes.once(lambda: checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS))
-    resumed = checkpoint["args"] if checkpoint else {}
-    model = resumed.get("model", chosen.model)
-    model = model if model in MODELS else "mlp"  # the parser refuses it
-
-    parser, recipe = make_parser(model), MODELS[model][0].RECIPE
-    defaults = vars(parser.parse_args([]))
-    parser.set_defaults(**recipe)  # so that --help shows them
-    unset = object()
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
-    given = {name: value for name, value in given.items() if value is not unset}
-
-    if checkpoint:
-        refuse_another_run(resumed, given, defaults)
-        args = argparse.Namespace(**resumed | given | dict(resume=chosen.resume))
-    else:
-        opt = given.get("opt", recipe["opt"])
-        if opt != recipe["opt"]:  # the recipe's rate, decay, momentum ... were chosen for its own optimizer
-            recipe = {k: v for k, v in recipe.items() if k not in optimizers.options_of(recipe["opt"])}
-        args = argparse.Namespace(**defaults | optimizers.DEFAULTS[opt] | recipe | given)
-        if "warmup_epochs" not in given:
-            args.warmup_epochs = min(args.warmup_epochs, args.epochs / 5)
-    if not args.eval:
-        check(args, given)
-    return args, given, checkpoint
-
-
-# A resumed run may be prolonged and moved. Anything else would make its figures those of no run at all.
-MAY_CHANGE = {"resume", "epochs", "patience", "device", "out", "data_dir", "log_interval", "save_every"}
-
-
-def refuse_another_run(resumed, given, defaults):
-    if resumed.keys() != defaults.keys():
-        odd = ", ".join(sorted(resumed.keys() ^ defaults.keys()))
-        raise ValueError(f"--resume holds a run of another version of train.py: they differ in {odd}")
-    for name in given.keys() - MAY_CHANGE:
-        if given[name] != resumed[name]:
-            raise ValueError(
-                f"{flag_name(name)} {given[name]} would make it another run: the one in --resume has {resumed[name]}"
-            )
-
-
-def flag_name(name):
-    return "--" + name.replace("_", "-")
-
-
-def check(args, given):
-    """Refuse values out of range, and flags that would do nothing."""
-    whole, finite = "a whole number of at least", "a finite number of at least 0"
-    for name, rule, holds in (
-        ("epochs", "a finite number above 0", lambda x: 0 < x < math.inf),
-        ("batch_size", f"{whole} 1", lambda x: x >= 1),
-        ("accum", f"{whole} 1 and at most --batch-size", lambda x: 1 <= x <= args.batch_size),
-        ("seed", f"{whole} 0", lambda x: x >= 0),
-        ("log_interval", f"{whole} 0", lambda x: x >= 0),
-        ("save_every", f"{whole} 0", lambda x: x >= 0),
-        ("img_size", f"{whole} 1", lambda x: x is None or x >= 1),
-        ("val_split", "0, a fraction below 1 or a count", lambda x: 0 <= x < 1 or (x < math.inf and x == int(x))),
-        ("limit", f"{whole} 1", lambda x: x is None or x >= 1),
-        ("crop_pad", f"{whole} 0", lambda x: x >= 0),
-        ("smoothing", "at least 0 and less than 1", lambda x: 0 <= x < 1),
-        ("patience", f"{whole} 0", lambda x: x >= 0),
-        ("min_delta", finite, lambda x: 0 <= x < math.inf),
-        ("lr", "a finite number above 0", lambda x: 0 < x < math.inf),
-        ("weight_decay", finite, lambda x: 0 <= x < math.inf),
-        ("momentum", "at least 0 and less than 1", lambda x: 0 <= x < 1),
-        ("opt_betas", "two numbers of at least 0 and less than 1", lambda x: all(0 <= b < 1 for b in x)),
-        ("clip_grad", "above 0", lambda x: x is None or x > 0),
-    ):
-        if not holds(getattr(args, name)):
-            raise ValueError(f"{flag_name(name)} {getattr(args, name)} must be {rule}")
-    for choice, known, options_of in (
-        ("opt", optimizers.OPTIMIZERS, optimizers.options_of),
-        ("sched", schedulers.SCHEDULES, schedulers.options_of),
-    ):
-        chosen = getattr(args, choice)
-        for name in sorted(set().union(*map(options_of, known)) - options_of(chosen)):
-            if name in given:
-                raise ValueError(f"{flag_name(name)} has no effect with --{choice} {chosen}: leave it out")
-    if args.nesterov and args.momentum == 0:
-        raise ValueError("--nesterov needs a --momentum above 0")
-    if args.opt == "lbfgs" and args.amp == "fp16":
-        raise ValueError("--opt lbfgs can't scale its gradients, as --amp fp16 must: use --amp off")
-    if args.opt == "lbfgs" and processes.count() > 1:
-        raise ValueError(
-            f"--opt lbfgs searches along a line and can't do so in {processes.count()} processes: start one"
-        )
-    if args.val_split == 0:
-        for name in ("patience", "monitor", "min_delta"):
-            if name in given:
-                raise ValueError(f"{flag_name(name)} has no effect with --val-split 0: there is nothing to monitor")
-        if args.sched == "plateau":
-            raise ValueError("--sched plateau needs a validation set: --val-split must be above 0")
-    if args.sched == "plateau" and 0 < args.patience <= args.patience_epochs:
-        raise ValueError(
-            f"--patience {args.patience} must be larger than --patience-epochs {args.patience_epochs}: "
-            "else the run stops before the rate can drop"
-        )
-    make_schedule(args)  # raises too
-
-
-def make_schedule(args):
-    options = {name: getattr(args, name) for name in schedulers.schedule.__kwdefaults__ if name != "mode"}
-    mode = "min" if args.monitor == "val_loss" else "max"
-    return schedulers.schedule(args.sched, lr=args.lr, epochs=args.epochs, mode=mode, **options)
-
 
 # ---------------------------------------------------------------------------------------------- set-up
 
@@ -229,40 +60,75 @@ def load_data(args, given):
     return data, train_part, val_part
 
 
-def build(args, data):
-    """A fresh model on the CPU. Its weights depend on --seed alone."""
+def build(args, data, device):
+    """A fresh model on the device. Its weights depend on --seed alone."""
     torch.manual_seed(args.seed)
     _, channels, image_size, _ = data.train[0].shape
     sizes = dict(image_size=image_size, channels=channels, num_classes=len(data.classes))
     try:
-        return MODELS[args.model][0].build(args, **sizes)
+        model = arguments.MODELS[args.model][0].build(args, **sizes)
     except (TypeError, RuntimeError, MemoryError) as error:  # torch's words for sizes that no memory can hold
         raise ValueError(f"--model {args.model} can't be built in these sizes: {str(error)[:100]}") from None
+    # Convolutions are faster with the channels last, matrices don't mind. L-BFGS can't flatten such gradients.
+    return model.to(device, memory_format=torch.preserve_format if args.opt == "lbfgs" else torch.channels_last)
 
 
 def rebuild(checkpoint):
     """The trained model of a checkpoint, on the CPU. Raises ValueError if it can't be."""
-    if checkpoint["model"] not in MODELS:
-        raise ValueError(f"the checkpoint's model {checkpoint['model']!r} is not known; known are {', '.join(MODELS)}")
+    if checkpoint["model"] not in arguments.MODELS:
+        raise ValueError(
+            f"the checkpoint's model {checkpoint['model']!r} is not known; known are {', '.join(arguments.MODELS)}"
+        )
     try:
         with torch.device("meta"):  # takes no memory, however large the sizes that the file claims
-            model = MODELS[checkpoint["model"]][1](**checkpoint["model_args"])
+            model = arguments.MODELS[checkpoint["model"]][1](**checkpoint["model_args"])
         model.load_state_dict(checkpoint["state_dict"], assign=True)
     except (TypeError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"the checkpoint's weights don't fit its model {checkpoint['model']}: {reason[:200]}"
-        ) from None
+        why = str(error)[:200]
+        raise ValueError(f"the checkpoint's weights don't fit its model {checkpoint['model']}: {why}") from None
     return model
 
 
+def load_for(checkpoint, name, data_dir):
+    """A dataset, normalised as the checkpoint's model knows it. Raises ValueError if it isn't of the same kind."""
+    size, channels = checkpoint["image_size"], checkpoint["channels"]
+    data = processes.once_a_machine(lambda: datasets.load(name, data_dir, img_size=size))
+    if data.classes != checkpoint["classes"]:
+        raise ValueError(f"the checkpoint knows the classes {checkpoint['classes']}, --data {name} has {data.classes}")
+    if data.test[0].shape[1:] != (channels, size, size):
+        found, known = ("x".join(map(str, s)) for s in (data.test[0].shape[1:], (channels, size, size)))
+        raise ValueError(f"the checkpoint knows images of {known}, those of --data {name} are {found}")
+    data.mean, data.std = checkpoint["mean"], checkpoint["std"]
+    return data
+
+
 def make_optimizer(args, model):
-    groups = optimizers.parameter_groups(model, weight_decay=args.weight_decay, decay_all=args.decay_all)
-    options = {name: getattr(args, name) for name in optimizers.options_of(args.opt) if name not in optimizers.DECAY}
-    optimizer = optimizers.OPTIMIZERS[args.opt](groups, **options)
+    rates = {} if args.opt == "lbfgs" else dict(lr=args.lr, layer_decay=args.layer_decay, lr_scale=args.lr_scale)
+    groups = optimizers.parameter_groups(model, weight_decay=args.weight_decay, decay_all=args.decay_all, **rates)
+    own = optimizers.options_of(args.opt) - optimizers.DECAY
+    optimizer = optimizers.OPTIMIZERS[args.opt](groups, **{name: getattr(args, name) for name in own})
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def make_loss(args, data, device, precision):
+    """The training loss, a function of (images, scores, labels): --loss, and with --teacher the teacher's part."""
+    loss = losses.parse(args.loss, args.smoothing)
+    if not args.teacher:
+        return lambda images, scores, labels: loss(scores, labels)
+    checkpoint = checkpoints.load(args.teacher)
+    shape = (checkpoint["channels"], checkpoint["image_size"], checkpoint["image_size"])
+    if (checkpoint["classes"], shape) != (data.classes, data.train[0].shape[1:]):
+        raise ValueError(f"--teacher {args.teacher} knows other classes or sizes: {checkpoint['classes']}, {shape}")
+    teacher = rebuild(checkpoint).to(device).eval().requires_grad_(False)
+
+    def with_teacher(images, scores, labels):
+        with torch.no_grad(), devices.autocast(device, precision):
+            wanted = teacher(images)
+        return loss(scores, labels) + args.distill * losses.distillation(scores, wanted.float(), args.temperature)
+
+    return with_teacher
 
 
 def smallest_batch(model):
@@ -277,7 +143,7 @@ def first_state(args, model, train_part, device):
     return dict(step=0, history=[], seconds=0.0, seen=torch.zeros(steps, 3, device=device))
 
 
-def restore(resumed, model, optimizer, scaler, state, device):
+def restore(resumed, model, average, optimizer, scaler, state, device):
     """Put everything back as last.pt holds it. Raises ValueError if it doesn't fit."""
     try:
         if (resumed["model"], resumed["model_args"]) != (resumed["args"]["model"], model.model_args):
@@ -286,7 +152,9 @@ def restore(resumed, model, optimizer, scaler, state, device):
             raise ValueError(f"an epoch had {len(resumed['seen'])} steps and would have {len(state['seen'])} now")
         if not all(row.keys() == set(outputs.COLUMNS) for row in resumed["history"]):
             raise ValueError("its history has other columns")
-        model.load_state_dict(resumed["state_dict"])
+        if average:
+            average.load_state_dict(dict(model=resumed["state_dict"], updates=resumed["ema"]["updates"]))
+        model.load_state_dict(resumed["ema"]["trained"] if average else resumed["state_dict"])
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
         if processes.rank() == 0:  # it has been added up over the processes
@@ -301,7 +169,16 @@ def restore(resumed, model, optimizer, scaler, state, device):
 # ---------------------------------------------------------------------------------------------- one pass
 
 
-def backward(model, images, labels, size, args, precision, scaler, optimizer):
+def training_batches(args, data, part, device, epoch, first, least):
+    """This process's share of each batch of an epoch, augmented, from step `first` on."""
+    mixing = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
+    options = dict(augment=args.augment, crop_pad=args.crop_pad, flip=args.flip, erase=args.reprob)
+    options |= dict(mixup=args.mixup * mixing, cutmix=args.cutmix * mixing, num_classes=len(data.classes))
+    options |= dict(key=(args.seed, epoch), first=first, least=least, share=(processes.rank(), processes.count()))
+    return datasets.batches(part, args.batch_size, data.mean, data.std, device, **options)
+
+
+def backward(net, images, labels, size, loss, args, precision, scaler, optimizer):
     """Leave the gradient of a batch's mean loss in the parameters, clipped.
 
     `images` and `labels` are this process's share of the batch, `size` is the whole one's. Returns what adds up over
@@ -309,34 +186,24 @@ def backward(model, images, labels, size, args, precision, scaler, optimizer):
     device tensor: reading a number would make the host wait for the device in every step.
     """
     optimizer.zero_grad(set_to_none=True)
-    result = torch.zeros(3, device=images.device)
-    weight = 1 / size
+    result, weight = torch.zeros(3, device=images.device), 1 / size
     if len(images) == 0:  # fewer images than processes: join the exchange of gradients with one that counts for nothing
-        images, labels, weight = images.new_zeros(1, *images.shape[1:]), labels.new_full((1,), -1), 0.0
+        images, labels, weight = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1, *labels.shape[1:]), 0.0
     pieces = list(zip(images.chunk(args.accum), labels.chunk(args.accum), strict=True))
     for i, (x, y) in enumerate(pieces):
-        with processes.exchange(model, i + 1 == len(pieces)):
+        with processes.exchange(net, i + 1 == len(pieces)):
             with devices.autocast(x.device, precision):
-                logits = model(x)
-            loss = F.cross_entropy(logits.float(), y.clamp(0), label_smoothing=args.smoothing) * (len(x) * weight)
-            scaler.scale(loss * processes.count()).backward()  # gradients are averaged over the processes, not added
-        result[0] += loss.detach()
-        result[1] += (logits.argmax(1) == y).sum()
+                scores = net(x).float()
+            mean = loss(x, scores, y) * (len(x) * weight)
+            scaler.scale(mean * processes.count()).backward()  # gradients are averaged over the processes, not added
+        result[0] += mean.detach()
+        result[1] += (scores.argmax(1) == (y.argmax(1) if y.ndim == 2 else y)).sum() * bool(weight)
     if args.clip_grad:
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
         if not scaler.is_enabled():  # else it's now and then infinite by design, and the step is left out
             result[2] = norm / processes.count()
     return result
-
-
-def not_finite(rows):
-    """The place in rows of (loss, right, norm) of the first that isn't finite, and what it is; or None."""
-    for place, (loss, _, norm) in enumerate(rows):
-        if not math.isfinite(loss):
-            return place, f"the training loss is {loss}"
-        if not math.isfinite(norm):
-            return place, f"the gradient's norm is {norm}"
 
 
 def step_with_closure(optimizer, gradient, seed):
@@ -352,46 +219,97 @@ def step_with_closure(optimizer, gradient, seed):
     return results[0]
 
 
-def evaluate(model, part, data, device, precision):
-    """The mean cross-entropy and the accuracy over all images of a part, the same for any number of processes."""
+def take_step(gradient, optimizer, scaler, seed):
+    """One optimizer step with a function that computes the gradient. Returns what that returns."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return step_with_closure(optimizer, gradient, seed)
+    result = gradient()
+    scaler.step(optimizer)
+    scaler.update()
+    return result
+
+
+def not_finite(rows):
+    """The place in rows of (loss, right, norm) of the first that isn't finite, and what it is; or None."""
+    for place, (loss, _, norm) in enumerate(rows):
+        if not math.isfinite(loss):
+            return place, f"the training loss is {loss}"
+        if not math.isfinite(norm):
+            return place, f"the gradient's norm is {norm}"
+
+
+def evaluate(model, part, data, device, precision, *, loss="ce", tta=False, flip=False):
+    """The mean loss and the accuracy over all images of a part, the same for any number of processes."""
     model.eval()
-    first, every = processes.rank(), processes.count()
+    first, every, loss = processes.rank(), processes.count(), losses.parse(loss)
     sums = torch.zeros(len(datasets.bounds(len(part[1]), EVAL_BATCH)), 2, device=device)  # by batch
     with torch.inference_mode():
         batches = datasets.batches(part, EVAL_BATCH, data.mean, data.std, device, first=first, every=every)
         for own, (images, labels) in zip(sums[first::every], batches, strict=True):
             with devices.autocast(device, precision):
-                logits = model(images)
-            own[0] = F.cross_entropy(logits.float(), labels, reduction="sum")
-            own[1] = (logits.argmax(1) == labels).sum()
-    loss, right = processes.add_up(sums).sum(0, dtype=torch.float64).tolist()
-    return loss / len(part[1]), right / len(part[1])
+                scores = (datasets.tta(model, images, flip=flip) if tta else model(images)).float()
+            own[0] = loss(scores, labels) * len(labels)
+            own[1] = (scores.argmax(1) == labels).sum()
+    total, right = processes.add_up(sums).sum(0, dtype=torch.float64).tolist()
+    return total / len(part[1]), right / len(part[1])
+
+
+def scoring(args):
+    """The keywords of `evaluate` that belong to a run."""
+    return dict(loss=args.loss, tta=args.tta, flip=args.flip)
 
 
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def train(args, data, model, device, precision, out, say, parts, optimizer, scaler, state, signals):
+def epochs_within(args, data, model, device, precision, parts, loss):
+    """How many epochs, in whole steps, fit into --minutes, validation and saving included: measured on copies."""
+    rng, model, some = devices.rng_state(device), copy.deepcopy(model), [t[: 4 * EVAL_BATCH] for t in parts[1]]
+    scaler, optimizer = torch.amp.GradScaler(device.type, enabled=precision == "fp16"), make_optimizer(args, model)
+    net, least = processes.connect(model, device), smallest_batch(model)
+    sizes = [end - start for start, end in datasets.bounds(len(parts[0][1]), args.batch_size, least)]
+
+    def step(n):
+        images, labels = next(training_batches(args, data, parts[0], device, 0, n, least))
+        batch = (net.train(), images, labels, sizes[n])
+        take_step(functools.partial(backward, *batch, loss, args, precision, scaler, optimizer), optimizer, scaler, n)
+
+    def save():  # a file about as large as last.pt and best.pt
+        with tempfile.TemporaryDirectory() as folder:
+            content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), best=model.state_dict())
+            checkpoints.save(content, Path(folder) / "trial.pt")
+
+    others = [(save, 1.0)]
+    if args.val_split:
+        validate = functools.partial(evaluate, model, some, data, device, precision, **scoring(args))
+        others.append((validate, len(parts[1][1]) / len(some[1])))
+    steps = budget.steps_within(60 * args.minutes, step, len(sizes), others)
+    devices.restore_rng(rng, device)
+    return processes.once(lambda: steps) / len(sizes)
+
+
+def train(args, data, model, device, precision, out, say, parts, loss, average, optimizer, scaler, state, signals):
     """Train until the last step, an early stop, a signal, or a value that isn't finite.
 
     Writes best.pt, last.pt and metrics.csv after each epoch. `signals` is the list of caught_signals.
     Returns (a row per epoch, why it stopped, the exit status).
     """
-    (train_part, val_part), factor = parts, make_schedule(args)
-    least = smallest_batch(model)
+    (train_part, val_part), factor, least = parts, arguments.make_schedule(args), smallest_batch(model)
     sizes = [end - start for start, end in datasets.bounds(len(train_part[1]), args.batch_size, least)]
     steps_per_epoch = len(sizes)
     total_steps = max(1, round(args.epochs * steps_per_epoch))
     # `seconds` of training in this epoch; what backward returned in it, by step.
     step, history, seconds, seen = (state[name] for name in ("step", "history", "seconds", "seen"))
     net = processes.connect(model, device)  # the same model, which exchanges gradients with the other processes
+    judged = average.model if average else model  # what is validated, tested and kept
+    chance = losses.parse(args.loss)(torch.zeros(1, len(data.classes)), torch.zeros(1, dtype=torch.int64)).item()
 
     def rate(step):
         return factor(step / steps_per_epoch, [row[args.monitor] for row in history])
 
     def save(name, **more):
         shape = data.train[0].shape
-        content = dict(model=args.model, model_args=model.model_args, state_dict=model.state_dict())
+        content = dict(model=args.model, model_args=model.model_args, state_dict=judged.state_dict())
         content |= dict(classes=data.classes, image_size=shape[-1], channels=shape[1], mean=data.mean, std=data.std)
         content |= dict(epoch=len(history), metrics=history[-1] if history else {}, args=vars(args))
         if processes.rank() == 0:
@@ -399,6 +317,7 @@ def train(args, data, model, device, precision, out, say, parts, optimizer, scal
 
     def save_last():
         states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        states |= dict(ema=dict(trained=model.state_dict(), updates=average.updates) if average else {})
         states |= dict(seen=processes.add_up(seen.clone()), rng=processes.gather(devices.rng_state(device)))
         save("last.pt", step=step, history=history, seconds=seconds, **states)
 
@@ -406,12 +325,14 @@ def train(args, data, model, device, precision, out, say, parts, optimizer, scal
         outputs.write_metrics(history, out / "metrics.csv")
         if history[-1]["step"] == step and find_best(args, history) is history[-1]:
             save("best.pt")
-    began, first_step = time.perf_counter(), step
+    events = args.tensorboard and processes.rank() == 0
+    write_events = outputs.make_events(out, say) if events else lambda row: None
+    began, first_step, drawn = time.perf_counter(), step, time.perf_counter()
 
     while step < total_steps:
         best = find_best(args, history)
         if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
-            say(early_stopping.explain(history, best, args.monitor, chance=math.log(len(data.classes))))
+            say(early_stopping.explain(history, best, args.monitor, chance))
             if args.sched in ("cosine", "linear", "onecycle"):
                 say(f"The low rates at the end of --sched {args.sched} were not reached: --patience 0 lets it end.")
             return history, "early stop", 0
@@ -420,22 +341,19 @@ def train(args, data, model, device, precision, out, say, parts, optimizer, scal
         epoch, done = divmod(step, steps_per_epoch)
         end = min(steps_per_epoch, done + total_steps - step)
         start = time.perf_counter()
-        net.train()
-        options = dict(key=(args.seed, epoch), first=done, least=least, crop_pad=args.crop_pad, flip=args.flip)
-        options |= dict(share=(processes.rank(), processes.count()))
-        loader = datasets.batches(train_part, args.batch_size, data.mean, data.std, device, **options)
+        finetune.train_mode(net)
+        loader = training_batches(args, data, train_part, device, epoch, done, least)
         if processes.rank() == 0:
             loader = datasets.progress(loader, total=end - done, desc=f"epoch {epoch + 1}", unit=" steps")
         for images, labels in loader:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate(step)
-            gradient = functools.partial(backward, net, images, labels, sizes[done], args, precision, scaler, optimizer)
-            if args.opt == "lbfgs":
-                seen[done] = step_with_closure(optimizer, gradient, seed=step)
-            else:
-                seen[done] = gradient()
-                scaler.step(optimizer)
-                scaler.update()
+            gradient = functools.partial(
+                backward, net, images, labels, sizes[done], loss, args, precision, scaler, optimizer
+            )
+            seen[done] = take_step(gradient, optimizer, scaler, seed=step)
+            if average:
+                average.update(model)
             step, done = step + 1, done + 1
 
             stop = processes.any_of(signals[0] if signals else 0)
@@ -460,11 +378,11 @@ def train(args, data, model, device, precision, out, say, parts, optimizer, scal
 
         # Validate, keep the best, save, report.
         count, row = sum(sizes[:done]), dict(epoch=epoch + 1, step=step, lr=args.lr * rate(step - 1))
-        row["train_loss"] = sum(loss * size for (loss, _, _), size in zip(rows, sizes, strict=False)) / count
+        row["train_loss"] = sum(value * size for (value, _, _), size in zip(rows, sizes, strict=False)) / count
         row["train_acc"] = sum(right for _, right, _ in rows) / count
         row["val_loss"], row["val_acc"] = math.nan, math.nan
         if args.val_split:
-            row["val_loss"], row["val_acc"] = evaluate(model, val_part, data, device, precision)
+            row["val_loss"], row["val_acc"] = evaluate(judged, val_part, data, device, precision, **scoring(args))
             if not math.isfinite(row["val_loss"]):
                 at = f"at step {step:,}, learning rate {row['lr']:.3g}"
                 say(f"the validation loss is {row['val_loss']} {at}: {NOT_FINITE}")
@@ -477,13 +395,17 @@ def train(args, data, model, device, precision, out, say, parts, optimizer, scal
             save("best.pt")
         if processes.rank() == 0:
             outputs.write_metrics(history, out / "metrics.csv")
+            write_events(row)
+            if time.perf_counter() - drawn > DRAW_EVERY:
+                draw_curves(history, best, out)
+                drawn = time.perf_counter()
         left = (time.perf_counter() - began) / (step - first_step) * (total_steps - step)
         say(outputs.epoch_line(row, math.ceil(args.epochs), best is row, left))
         if early_stopping.waited(history, best, args.warmup_epochs) == (args.patience + 1) // 2 < args.patience:
-            say(early_stopping.explain(history, best, args.monitor, chance=math.log(len(data.classes))))
+            say(early_stopping.explain(history, best, args.monitor, chance))
         if stop:
             return history, "interrupted", 128 + stop
-    return history, "finished", 0
+    return history, "time budget" if args.minutes else "finished", 0
 
 
 def find_best(args, history):
@@ -493,41 +415,40 @@ def find_best(args, history):
     return early_stopping.best_row(history, args.monitor, args.min_delta)
 
 
+def draw_curves(history, best, out):
+    """Draw curves.png. False without matplotlib."""
+    try:
+        plot.draw({out.name: history}, out / "curves.png", best={out.name: best["epoch"]} if best else {})
+    except ImportError:
+        return False
+    return True
+
+
 def finish(args, data, model, device, precision, out, say, history, stopped):
     """Read the test set, once, with the best weights, if the run has ended; write result.json and curves.png."""
     best, test_loss, test_acc = find_best(args, history), None, None
-    if stopped in ("finished", "early stop"):
+    if stopped in ("finished", "early stop", "time budget"):
         if processes.rank() == 0:
             model.load_state_dict(checkpoints.load(out / "best.pt")["state_dict"])
         processes.spread(model)
-        test_loss, test_acc = evaluate(model, data.test, data, device, precision)
-        why = (
-            f"best {args.monitor}, {best[args.monitor]:.4f}" if args.val_split else "the last one, as none was held out"
-        )
+        test_loss, test_acc = evaluate(model, data.test, data, device, precision, **scoring(args))
+        why = f"best {args.monitor}, {best[args.monitor]:.4f}" if args.val_split else "the last, as none was held out"
         say(f"{stopped}: the result is epoch {best['epoch']} ({why})")
-        say(f"test acc {test_acc:.4f}  loss {test_loss:.4f}  ({data.name}, {len(data.test[1]):,} images, read once)")
+        read = f"{data.name}, {len(data.test[1]):,} images, read once{', mean of views' * args.tta}"
+        say(f"test acc {test_acc:.4f}  loss {test_loss:.4f}  ({read})")
     elif stopped == "interrupted":
         say(f"interrupted: python train.py --resume {out / 'last.pt'} goes on from here")
     if processes.rank() > 0:
-        return
-    seconds = sum(row["seconds"] for row in history)
-    images = sum(row["seconds"] * row["images_per_second"] for row in history)
+        return None
     result = dict(model=args.model, data=data.name, test_acc=test_acc, test_loss=test_loss)
-    for name, key in (("best_epoch", "epoch"), ("best_val_acc", "val_acc"), ("best_val_loss", "val_loss")):
-        result[name] = best[key] if best and not math.isnan(best[key]) else None
-    result |= dict(epochs_run=len(history), stopped=stopped, train_seconds=seconds)
-    result |= dict(images_per_second=images / seconds if seconds else None)
-    result |= dict(
-        params=sum(p.numel() for p in model.parameters()), seed=args.seed, device=devices.device_name(device)
-    )
-    result |= dict(amp=precision, torch=torch.__version__, args=vars(args))
+    result |= outputs.summary(history, best) | dict(stopped=stopped)
+    result |= dict(params=sum(p.numel() for p in model.parameters()), seed=args.seed)
+    result |= dict(device=devices.device_name(device), amp=precision, torch=torch.__version__, args=vars(args))
     result |= dict(command=outputs.command(), commit=outputs.commit())
     outputs.write_result(result, out / "result.json")
-    if history:
-        try:
-            plot.draw({out.name: history}, out / "curves.png")
-        except ImportError:
-            say("no curves.png: pip install matplotlib")
+    if history and not draw_curves(history, best, out):
+        say("no curves.png: pip install matplotlib")
+    return result
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -535,20 +456,18 @@ def finish(args, data, model, device, precision, out, say, history, stopped):
 
 def print_test(args, given):
     """--eval: the test accuracy of a saved checkpoint."""
-    for name in given.keys() - {"eval", "model", "data", "data_dir", "device", "amp"}:
-        raise ValueError(f"{flag_name(name)} has no effect with --eval: leave it out")
+    known = {"eval", "model", "data", "data_dir", "device", "amp"}
+    ranges.refuse_idle(given, given.keys() - known, "with --eval")
     checkpoint = checkpoints.load(args.eval)
     if given.get("model", checkpoint["model"]) != checkpoint["model"]:
         raise ValueError(f"{args.eval} holds a {checkpoint['model']}, not --model {args.model}")
-    name = given.get("data", checkpoint["args"]["data"])
-    data = processes.once_a_machine(lambda: datasets.load(name, args.data_dir, img_size=checkpoint["image_size"]))
-    if data.classes != checkpoint["classes"]:
-        raise ValueError(f"{args.eval} knows the classes {checkpoint['classes']}, --data {name} has {data.classes}")
-    data.mean, data.std = checkpoint["mean"], checkpoint["std"]
+    run = argparse.Namespace(**dict(data="shapes", loss="ce", tta=False, flip=False) | checkpoint["args"])
+    data = load_for(checkpoint, given.get("data", run.data), args.data_dir)
     device = processes.own_device(devices.choose_device(args.device))
-    model = rebuild(checkpoint).to(device)
-    loss, acc = evaluate(model, data.test, data, device, devices.choose_precision(args.amp, device))
-    print(f"test acc {acc:.4f}  loss {loss:.4f}  ({data.name}, {len(data.test[1]):,} images)")
+    model, precision = rebuild(checkpoint).to(device), devices.choose_precision(args.amp, device)
+    loss, acc = evaluate(model, data.test, data, device, precision, **scoring(run))
+    views = ", mean of views" * run.tta
+    print(f"test acc {acc:.4f}  loss {loss:.4f}  ({data.name}, {len(data.test[1]):,} images{views})")
 
 
 def set_up(args, given, resumed):
@@ -558,17 +477,25 @@ def set_up(args, given, resumed):
     precision = devices.choose_precision(amp, device)
     data, train_part, val_part = load_data(args, given)
     args.data = "shapes" if data.name == "shapes" else args.data
-    model = build(args, data)
+    model = build(args, data, device)
     if processes.rank():
         torch.manual_seed(args.seed + processes.rank())  # dropout of its own
-    # Convolutions are faster with the channels last, matrices don't mind. L-BFGS can't flatten such gradients.
-    model.to(device, memory_format=torch.preserve_format if args.opt == "lbfgs" else torch.channels_last)
-    optimizer = make_optimizer(args, model)
+    started = None
+    if args.init and not resumed:
+        fits = finetune.initialise(model, arguments.read_init(args.init, args.model), data.classes)
+        started = f"start from {args.init}: {fits}"
+    finetune.freeze(model, args.freeze)
+    optimizer, loss = make_optimizer(args, model), make_loss(args, data, device, precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    average = averaging.Average(model, args.ema) if args.ema else None
     state = first_state(args, model, train_part, device)
     if resumed:
-        restore(resumed, model, optimizer, scaler, state, device)
+        restore(resumed, model, average, optimizer, scaler, state, device)
     parts = [datasets.place(part, device) for part in (train_part, val_part)]
+    if args.minutes and not resumed:
+        args.epochs = epochs_within(args, data, model, device, precision, parts, loss)
+        arguments.shorten_warmup(args, given)
+        arguments.make_schedule(args)  # raises ValueError if the warm-up is too long
 
     log = None
 
@@ -586,63 +513,88 @@ def set_up(args, given, resumed):
     say = outputs.make_say(log)
     say(f"$ {outputs.command()}")
     say(f"torch {torch.__version__}, python {platform.python_version()}, {devices.device_name(device)}, {precision}")
-    if data.note:
-        say(data.note)
     counts = [f"{len(labels):,}" for _, labels in (train_part, val_part, data.test)]
     shape = "x".join(map(str, data.train[0].shape[1:]))
-    say(
-        f"{data.name}: {counts[0]} images to train on, {counts[1]} to validate, {counts[2]} to test; "
-        f"{len(data.classes)} classes, {shape}"
-    )
-    say(
-        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.opt}, lr {args.lr:g}, "
-        f"weight decay {args.weight_decay:g}, {args.sched}, {args.epochs:g} epochs, batches of {args.batch_size}"
-    )
+    lines = [data.note] if data.note else []
+    lines.append(f"{data.name}: {counts[0]} images to train on, {counts[1]} to validate, {counts[2]} to test; ")
+    lines[-1] += f"{len(data.classes)} classes, {shape}"
+    lines.append(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.opt}, ")
+    lines[-1] += f"{args.sched}, {args.epochs:g} epochs, batches of {args.batch_size}"
+    lines += optimizers.describe_groups(model, optimizer.param_groups)
+    lines += [started] if started else []
     if resumed:
         changed = [f"{flag_name(k)} {v} -> {given[k]}" for k, v in resumed["args"].items() if given.get(k, v) != v]
-        say(f"going on after step {resumed['step']:,} of {args.resume}" + "".join(f", {text}" for text in changed))
+        lines.append(f"going on after step {resumed['step']:,} of {args.resume}" + "".join(f", {c}" for c in changed))
     if processes.count() > 1:
-        say(f"{processes.count()} processes share every batch")
-    say(f"writing to {out}")
-    return (args, data, model, device, precision, out, say), (parts, optimizer, scaler, state)
+        lines.append(f"{processes.count()} processes share every batch")
+    for line in [*lines, f"writing to {out}"]:
+        say(line)
+    return (args, data, model, device, precision, out, say), (parts, loss, average, optimizer, scaler, state)
 
 
-def fail(status, error):
+def fail(status, error, program="train.py"):
     """One line on standard error; returns the exit status. What all processes know, the first one says."""
     if processes.rank() == 0 or status == 1:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
-def run(argv):
+def run_once(args, given, resumed):
+    """One run, from its set-up to its result. Returns (result or None, exit status)."""
     training = False
     try:
-        with processes.quiet():
-            args, given, resumed = parse_args(argv)
-        if args.eval:
-            print_test(args, given)
-            return 0
         common, more = set_up(args, given, resumed)
         training = True
         with processes.caught_signals() as signals:
             history, stopped, status = train(*common, *more, signals)
-        finish(*common, history, stopped)
-        return status
-    except SystemExit as stop:  # argparse has said why
-        return stop.code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return finish(*common, history, stopped), status
     except (ValueError, OSError) as error:
-        return fail(1 if training else 2, error)
+        return None, fail(1 if training else 2, error)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
             sizes = f"--batch-size {args.batch_size}: lower it, or raise --accum (now {args.accum})"
-            return fail(
-                1 if training else 2, f"out of memory with a {args.model} and {sizes}, or make the model smaller"
-            )
+            return None, fail(1 if training else 2, f"out of memory with {sizes}, or make the model smaller")
         if processes.count() > 1:
-            return fail(1, f"process {processes.rank()} stops: {error}")
+            return None, fail(1, f"process {processes.rank()} stops: {error}")
         raise
+
+
+def run_seeds(args, given):
+    """--runs: one run for each seed, in folders of one folder, and their mean and standard deviation."""
+    default = Path("runs") / f"{args.model}-{Path(args.data).name}-{args.opt}-{args.sched}-x{args.runs}"
+    try:
+        folder, log = outputs.claim(args.out, default)
+    except ValueError as error:
+        return fail(2, error)
+    say, results = outputs.make_say(log), []
+    for seed in range(args.seed, args.seed + args.runs):
+        own = argparse.Namespace(**vars(args) | dict(seed=seed, runs=1, out=str(folder / f"seed-{seed}")))
+        result, status = run_once(own, given, None)
+        if status:
+            return status
+        results.append(result)
+    text, summary = outputs.over_seeds(results)
+    say(text)
+    summary |= dict(args=vars(args), command=outputs.command(), commit=outputs.commit())
+    outputs.write_result(summary, folder / "result.json")
+    return 0
+
+
+def run(argv):
+    try:
+        with processes.quiet():
+            args, given, resumed = arguments.parse(argv)
+        if args.eval:
+            print_test(args, given)
+            return 0
+    except SystemExit as stop:  # argparse has said why
+        return stop.code
+    except (ValueError, OSError) as error:
+        return fail(2, error)
+    try:
+        return run_seeds(args, given) if args.runs > 1 else run_once(args, given, resumed)[1]
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def main(argv=None):

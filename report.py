@@ -1,0 +1,148 @@
+"""What a classifier gets right, what it mistakes for what, and whether its probabilities can be believed.
+
+    matrix = confusion(labels, logits.argmax(1), len(classes))
+    print(as_text(matrix, classes))
+    error, bins = calibration(logits, labels)
+    calmer = logits / fit_temperature(val_logits, val_labels)
+    draw_confusion(matrix, classes, "confusion.png")
+
+Throughout, logits are float (n, classes), unnormalised scores, and labels int64 (n,), both on the CPU. Copied alone,
+this file needs torch, and matplotlib for the pictures.
+"""
+
+import math
+
+import torch
+
+
+def confusion(labels, predicted, count):
+    """How often each class (row) was taken for each (column): int64 (count, count)."""
+    return torch.bincount(labels * count + predicted, minlength=count * count).view(count, count)
+
+
+def precision_and_recall(matrix):
+    """By class: the share of right ones among those named so, and among those that are so. NaN for a share of none."""
+    right = matrix.diag().double()
+    return right / matrix.sum(0), right / matrix.sum(1)
+
+
+def calibration(logits, labels, bins=15):
+    """The expected calibration error (arXiv:1706.04599), and by bin [(images, mean confidence, accuracy)].
+
+    The confidence is the probability of the predicted class; a bin holds the images with one in (k/bins, (k+1)/bins].
+    The error is the difference between confidence and accuracy, averaged over the images.
+    """
+    confidence, predicted = logits.double().softmax(1).max(1)
+    right = (predicted == labels).double()
+    index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    count, confidences, rights = (
+        torch.bincount(index, weights, bins) for weights in (torch.ones_like(right), confidence, right)
+    )
+    error = (confidences - rights).abs().sum().item() / len(labels)
+    rows = torch.stack((count, confidences / count, rights / count), 1).tolist()
+    return error, [(int(n), conf, acc) for n, conf, acc in rows]
+
+
+def fit_temperature(logits, labels):
+    """The T, in 0.01..100, for which logits / T have the least cross-entropy. Fit it on images that didn't train.
+
+    The loss is convex in 1 / T, so its derivative, mean scores expected minus mean scores of the labels, has one root.
+    """
+    logits = logits.double()
+    wanted = logits.gather(1, labels[:, None]).mean()
+    low, high = math.log(0.01), math.log(100)
+    for _ in range(50):
+        middle = (low + high) / 2
+        expected = (logits * (logits / math.exp(middle)).softmax(1)).sum(1).mean()
+        low, high = (low, middle) if expected <= wanted else (middle, high)  # too flat: a lower T
+    return math.exp((low + high) / 2)
+
+
+def as_text(matrix, classes):
+    """Precision and recall of each class, and the confusion matrix, or its largest errors beyond 20 classes."""
+    width = max(6, *map(len, classes))
+    lines = [f"{'class':<{width}}  precision  recall  images"]
+    for name, p, r, n in zip(classes, *precision_and_recall(matrix), matrix.sum(1), strict=True):
+        shares = [f"{x:.4f}" if x == x else "-" for x in (p.item(), r.item())]
+        lines.append(f"{name:<{width}}  {shares[0]:>9}  {shares[1]:>6}  {n:>6}")
+    if len(classes) > 20:
+        wrong = matrix - matrix.diag().diag()
+        lines += ["", "most frequent errors"]
+        for at in wrong.flatten().argsort(descending=True, stable=True)[:20].tolist():
+            row, column = divmod(at, len(classes))
+            lines.append(f"{wrong[row, column]:>6}  {classes[row]} taken for {classes[column]}")
+        return "\n".join(lines)
+    cell = max(4, len(str(matrix.max().item())))
+    lines += ["", "confusion: true classes down, predicted classes across"]
+    lines.append(" " * width + "".join(f"  {name[:cell]:>{cell}}" for name in classes))
+    for name, row in zip(classes, matrix.tolist(), strict=True):
+        lines.append(f"{name:<{width}}" + "".join(f"  {count or '.':>{cell}}" for count in row))
+    return "\n".join(lines)
+
+
+def new_figure(width, height):
+    """A white figure of that many inches. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_confusion(matrix, classes, path):
+    """A picture of the confusion matrix: colours are shares of the true class, up to 20 classes with the counts."""
+    count = len(classes)
+    size = min(14, 2.6 + 0.45 * count)
+    figure = new_figure(size + 0.8, size)
+    axis = figure.subplots()
+    share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    image = axis.imshow((100 * share).numpy(), cmap="Blues", vmin=0, vmax=100)
+    if count <= 20:
+        for row in range(count):
+            for column in range(count):
+                if n := matrix[row, column].item():
+                    colour = "white" if share[row, column] > 0.5 else "black"
+                    axis.text(column, row, n, ha="center", va="center", color=colour, fontsize=8)
+    small = 9 if count <= 30 else 5
+    axis.set_xticks(range(count), classes, rotation=90 if max(map(len, classes)) > 2 else 0, fontsize=small)
+    axis.set_yticks(range(count), classes, fontsize=small)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    figure.colorbar(image, label="share of the true class (%)", shrink=0.8)
+    figure.savefig(path, dpi=150)
+
+
+def draw_mistakes(images, logits, labels, classes, path, count=36):
+    """A picture of the most confident wrong predictions; images are uint8 (n, 1 or 3, height, width)."""
+    confidence, predicted = logits.softmax(1).max(1)
+    wrong = torch.nonzero(predicted != labels).flatten()
+    chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:count].tolist()
+    rows = max(1, math.ceil(len(chosen) / 6))
+    figure = new_figure(9, 1.95 * rows + 0.3)
+    figure.suptitle(
+        f"The {len(chosen)} most confident of {len(wrong):,} mistakes in {len(labels):,} images", fontsize=11
+    )
+    for axis in (axes := figure.subplots(rows, 6, squeeze=False)).flat:
+        axis.axis("off")
+    for i, axis in zip(chosen, axes.flat, strict=False):
+        axis.imshow(images[i].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+        name, wrong_name = (classes[label][:12] for label in (labels[i], predicted[i]))
+        axis.set_title(f"{name}, taken for\n{wrong_name}, {100 * confidence[i]:.0f} %", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def draw_reliability(calibrations, path):
+    """How often predictions of each confidence are right; calibrations is name -> what `calibration` returns."""
+    figure = new_figure(6, 6)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 100], [0, 100], color="#999999", linestyle="--", linewidth=1.2, label="perfectly calibrated")
+    for (name, (error, bins)), colour, marker in zip(calibrations.items(), ("#0072B2", "#D55E00"), "os", strict=False):
+        points = [(100 * confidence, 100 * accuracy) for count, confidence, accuracy in bins if count]
+        label = f"{name}: expected calibration error {100 * error:.1f} %"
+        upper.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label, clip_on=False)
+        total, edges = sum(count for count, _, _ in bins), [100 * k / len(bins) for k in range(len(bins) + 1)]
+        lower.stairs([100 * count / total for count, _, _ in bins], edges, color=colour, linewidth=1.6)
+    upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
+    figure.legend(frameon=False, loc="outside upper left")
+    lower.set(xlabel="confidence: probability of the predicted class (%)", ylabel="images (%)")
+    for axis in (upper, lower):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
