@@ -218,8 +218,8 @@ def _entries(folder):
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
-        raise ValueError(f"{folder} can't be read ({error.strerror}): --data takes a folder that holds "
-                         "train/<class>/* and test/<class>/* images") from error  # fmt: skip
+        rule = "--data takes a folder that holds train/<class>/* and test/<class>/* images"
+        raise ValueError(f"{folder} can't be read ({error.strerror}): {rule}") from error
 
 
 def _fingerprint(paths, img_size):
@@ -278,8 +278,7 @@ def _decode_all(paths, size):
         some = ", ".join(f"{path} ({error})" for path, error in sorted(unreadable.items())[:3])
         some += ", ..." if len(unreadable) > 3 else ""
         raise ValueError(f"{len(unreadable)} of {len(paths)} images can't be read, repair or remove them: {some}")
-    grey = all(torch.equal(images[:, 0], images[:, c]) for c in (1, 2))
-    return images[:, :1].clone() if grey else images
+    return images[:, :1].clone() if all(torch.equal(images[:, 0], images[:, c]) for c in (1, 2)) else images
 
 
 def progress(iterable, **kwargs):
@@ -422,8 +421,7 @@ def batches(
     n = len(part[1])
     order = (torch.arange(n) if key is None else torch.randperm(n, generator=seeded(*key))).to(part[0].device)
     mean, std = (255 * torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
-    steps = list(enumerate(bounds(n, batch_size, least)))[first::every]
-    for step, (start, end) in steps:
+    for step, (start, end) in list(enumerate(bounds(n, batch_size, least)))[first::every]:
         x, y = (tensor[order[start:end]].to(device, non_blocking=True) for tensor in part)
         if key is not None:
             generator = seeded(*key, step, device=device)

@@ -49,9 +49,8 @@ NOT_FINITE = "lower --lr, or add --warmup-epochs or --clip-grad 1"
 def load_data(args, given):
     """The dataset, and what of its training part is trained on and what is held out."""
     fallback = "data" not in given and not args.resume
-    data = processes.once_a_machine(
-        lambda: datasets.load(args.data, args.data_dir, img_size=args.img_size, fallback=fallback)
-    )
+    where = dict(data_dir=args.data_dir, img_size=args.img_size, fallback=fallback)
+    data = processes.once_a_machine(lambda: datasets.load(args.data, **where))
     train_part, val_part = datasets.split(data.train, args.val_split, args.seed)
     if args.limit:
         train_part = datasets.limit(train_part, args.limit, args.seed)
@@ -135,12 +134,6 @@ def smallest_batch(model):
     """Batch norm can't train on one image, in any process."""
     norms = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
     return 2 * processes.count() if norms else 1
-
-
-def first_state(args, model, train_part, device):
-    """Where a run begins: what `train` counts, as last.pt holds it."""
-    steps = len(datasets.bounds(len(train_part[1]), args.batch_size, smallest_batch(model)))
-    return dict(step=0, history=[], seconds=0.0, seen=torch.zeros(steps, 3, device=device))
 
 
 def restore(resumed, model, average, optimizer, scaler, state, device):
@@ -348,9 +341,8 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
         for images, labels in loader:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate(step)
-            gradient = functools.partial(
-                backward, net, images, labels, sizes[done], loss, args, precision, scaler, optimizer
-            )
+            batch = (net, images, labels, sizes[done])
+            gradient = functools.partial(backward, *batch, loss, args, precision, scaler, optimizer)
             seen[done] = take_step(gradient, optimizer, scaler, seed=step)
             if average:
                 average.update(model)
@@ -488,7 +480,8 @@ def set_up(args, given, resumed):
     optimizer, loss = make_optimizer(args, model), make_loss(args, data, device, precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     average = averaging.Average(model, args.ema) if args.ema else None
-    state = first_state(args, model, train_part, device)
+    steps = len(datasets.bounds(len(train_part[1]), args.batch_size, smallest_batch(model)))
+    state = dict(step=0, history=[], seconds=0.0, seen=torch.zeros(steps, 3, device=device))  # as last.pt holds them
     if resumed:
         restore(resumed, model, average, optimizer, scaler, state, device)
     parts = [datasets.place(part, device) for part in (train_part, val_part)]
