@@ -86,8 +86,7 @@ def load(name, data_dir="data", *, img_size=None, fallback=False):
         if len(images) == 0 or len(images) != len(labels):
             raise ValueError(f"{data.name} is damaged: {len(images)} images and {len(labels)} labels")
         if labels.min() < 0 or labels.max() >= len(data.classes):
-            wrong = labels.max() if labels.min() >= 0 else labels.min()
-            raise ValueError(f"{data.name} is damaged: a label is {wrong}, labels must be 0..{len(data.classes) - 1}")
+            raise ValueError(f"{data.name} is damaged: it has a label out of 0..{len(data.classes) - 1}")
     return data
 
 
@@ -427,9 +426,9 @@ def batches(
             generator = seeded(*key, step, device=device)
             x = (distort if augment == "strong" else crop_and_flip)(x, crop_pad, flip, generator)
         x = (x.float() - mean) / std
-        if key is not None and erase:
+        if erase and key is not None:
             x = erase_some(x, erase, generator)
-        if key is not None and (mixup or cutmix):
+        if (mixup or cutmix) and key is not None:
             x, y = mix(x, y, num_classes, mixup, cutmix, seeded(*key, step, "mix"))
         own = slice(*(len(y) * i // share[1] for i in (share[0], share[0] + 1)))
         yield x[own], y[own]
