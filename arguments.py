@@ -120,6 +120,9 @@ def parse(argv=None, program="train.py"):
         if opt != recipe["opt"]:  # the recipe's rate, decay, momentum ... were chosen for its own optimizer
             recipe = {k: v for k, v in recipe.items() if k not in optimizers.options_of(recipe["opt"])}
         args = argparse.Namespace(**defaults | optimizers.DEFAULTS[opt] | recipe | given)
+        args.nesterov = args.nesterov and (
+            args.momentum > 0 or "nesterov" in given
+        )  # a recipe's goes with its momentum
         shorten_warmup(args, given)
     if not args.eval:
         check(args, given)

@@ -7,6 +7,7 @@ Copied alone, this file needs torch and nothing else. To add an optimizer, write
 flags of train.py, name it in OPTIMIZERS and give its defaults in DEFAULTS.
 """
 
+import argparse
 import difflib
 import inspect
 import math
@@ -93,7 +94,7 @@ def add_args(parser):
     flag("--layer-decay", type=float, default=1.0, metavar="X", help="rate of a layer / of the next one (%(default)s)")
     flag("--lr-scale", type=scale, action="append", default=[], metavar="PREFIX=X", help="rate of PREFIX, times X")
     flag("--momentum", type=float, default=0.0, metavar="X", help="sgd, rmsprop (0.9 for sgd)")
-    flag("--nesterov", action="store_true", help="sgd: Nesterov momentum")
+    flag("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="sgd: Nesterov momentum")
     flag("--opt-betas", type=pair, default=(0.9, 0.999), metavar="B,B", help="the adam family (%(default)s)")
 
 

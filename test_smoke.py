@@ -3,6 +3,7 @@
 import csv
 import gzip
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -389,6 +390,14 @@ def test_every_optimizer_with_every_schedule(opt, tiny):
         state = checkpoints.load(out / "last.pt")
         assert state["step"] == 2
         assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+
+
+def test_a_recipe_can_lose_its_momentum():
+    """The CNN's has Nesterov momentum, which can't be without any."""
+    assert not arguments.parse(["--model", "cnn", "--momentum", "0"])[0].nesterov
+    assert not arguments.parse(["--model", "cnn", "--no-nesterov"])[0].nesterov
+    with pytest.raises(ValueError, match="--nesterov needs"):
+        arguments.parse(["--model", "cnn", "--momentum", "0", "--nesterov"])
 
 
 def test_lbfgs_with_convolutions(tiny):
@@ -1751,7 +1760,7 @@ def test_random_flags_end_in_success_or_in_one_line(tiny, capsys):
         dests = list(vars(arguments.make_parser(model).parse_args([])))
         for dest in draw.sample(sorted(FUZZED.keys() & dests), draw.choice([1, 1, 2, 3])):
             flag = ranges.flag_name(dest)
-            no_value = dest in ("flip", "nesterov", "decay_all", "batch_norm")
+            no_value = isinstance(vars(arguments.make_parser(model).parse_args([]))[dest], bool)
             argv += [flag] if no_value else [f"{flag}={draw.choice(FUZZED[dest])}"]
         try:
             status, error = refused(*argv), None
@@ -2972,19 +2981,29 @@ RESULTS = HERE / "results"
 
 
 def results_table():
-    """The rows of README's table of figures, made from the result files."""
-    rows = []
-    for path in sorted(RESULTS.glob("*.json")):
+    """The rows of README's table of figures, made from the files that runs wrote."""
+    names = {"cifar10-images": "CIFAR-10 as JPEG", "mnist": "MNIST", "shapes": "`shapes`"}
+    for path in sorted(RESULTS.glob("runs/*.json")):
         result = json.loads(path.read_text())
-        command = result["command"].removeprefix("python ")
-        data = result["data"].replace("cifar10-images", "CIFAR-10 as JPEG").replace("mnist", "MNIST")
-        acc, seconds = f"{result['test_acc']:.4f}", f"{result['train_seconds']:.0f} s"
-        rows.append(f"| `{command}` | {data} | {acc} | {seconds} | [{path.stem}](results/{path.name}) |")
-    return rows
+        command, acc = result["command"].removeprefix("python "), f"{100 * result['test_acc']:.2f} %"
+        if "n" in result:
+            acc += f" ± {100 * result['test_acc_std']:.2f}, n = {result['n']}"
+        if result["args"]["tta"]:
+            acc += ", mean of views"
+        file = f"[{path.stem}](results/runs/{path.name})"
+        yield f"| `{command}` | {names[result['data']]} | {acc} | {result['train_seconds']:.0f} s | {file} |"
 
 
 def test_figures_of_the_readme_are_those_of_the_result_files():
-    text = (HERE / "README.md").read_text()
-    rows = results_table()
+    text, rows = (HERE / "README.md").read_text(), list(results_table())
     assert rows and all(row in text for row in rows), "README.md should have these rows:\n" + "\n".join(rows)
-    assert text.count("](results/") == len(rows) + text.count("](results/)") + text.count(".png)")
+    assert text.count("](results/runs/") == len(rows)
+
+
+def test_figures_of_the_comparisons_are_those_of_the_result_files():
+    spec = importlib.util.spec_from_file_location("compare", RESULTS / "compare.py")
+    spec.loader.exec_module(compare := importlib.util.module_from_spec(spec))
+    text = (RESULTS / "COMPARISONS.md").read_text()
+    for name in compare.SETS:
+        rows = list(compare.table(name))
+        assert rows and "\n".join(rows) in text, f"COMPARISONS.md should have for {name}:\n" + "\n".join(rows)
