@@ -165,8 +165,8 @@ def check(args, given):
         ranges.refuse_idle(given, {"minutes", "runs"}, "with --resume")
     if "epochs" in given and "minutes" in given:
         raise ValueError(f"--minutes {args.minutes} and --epochs {args.epochs} are two lengths: leave one out")
-    if args.runs > 1 and processes.count() > 1:
-        raise ValueError(f"--runs {args.runs} must be 1 in {processes.count()} processes: start the runs one by one")
+    if processes.count() > 1:
+        ranges.refuse_idle(given, {"runs", "minutes"}, f"in {processes.count()} processes")
     losses.parse(args.loss)
     if args.nesterov and args.momentum == 0:
         raise ValueError("--nesterov needs a --momentum above 0")

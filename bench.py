@@ -108,7 +108,7 @@ def ours(s, fixed):
     for step, (images, labels) in enumerate(batches):
         batch = (model, images, labels, len(labels))
         gradient = functools.partial(train.backward, *batch, loss, s.args, s.precision, scaler, optimizer)
-        train.take_step(gradient, optimizer, scaler, step)
+        optimizers.take_step(gradient, optimizer, scaler, step)
         yield len(labels)
 
 

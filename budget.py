@@ -14,17 +14,16 @@ import torch
 def steps_within(seconds, step, per_epoch, others):
     """The number of steps that fit into this time, the measuring itself included, as a whole number of at least 1.
 
-    `step(n)` takes step number n of an epoch of `per_epoch` steps, on copies that may be thrown away. `others` are the
-    things done once an epoch, as (function, factor): a function that does a part of it, and how many times longer the
-    whole takes.
+    `step` takes a step, on copies that may be thrown away; an epoch has `per_epoch` of them. `others` are done once an
+    epoch, as (function, factor): a function that does a part of it, and how many times longer the whole takes.
     """
     began = time.perf_counter()
-    for n in range(3):  # compilation and the device's own warm-up apart
-        step(n % per_epoch)
+    for _ in range(3):  # compilation and the device's own warm-up apart
+        step()
     count, taken = 0, 0.0
     while count < per_epoch and taken < 0.03 * seconds:
         count = min(per_epoch, max(4, 2 * count))
-        taken = _seconds(lambda count=count: [step(n) for n in range(count)])
+        taken = _seconds(lambda count=count: [step() for _ in range(count)])
     an_epoch = taken / count * per_epoch
     for function, factor in others:
         function()

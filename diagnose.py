@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import arguments
 import data as datasets
 import devices
+import optimizers
 import train
 from ranges import flag_name
 
@@ -83,7 +84,7 @@ def descend(s, model, optimizer, factors, loader):
         gradient = functools.partial(
             train.backward, model, images, labels, len(labels), s.loss, s.args, s.precision, scaler, optimizer
         )
-        yield train.take_step(gradient, optimizer, scaler, seed=step).tolist()
+        yield optimizers.take_step(gradient, optimizer, scaler, seed=step).tolist()
 
 
 def factors(s):

@@ -188,3 +188,26 @@ def describe_groups(model, groups):
         count, decaying = (sum(sizes[n] for n, decay in some.items() if decay or all) for all in (True, False))
         lines.append(f"lr {lr:.3g}: {', '.join(whole)} ({count:,} parameters, {decaying:,} with weight decay)")
     return lines
+
+
+def step_with_closure(optimizer, gradient, seed):
+    """One step of an optimizer that evaluates the loss several times (L-BFGS). Returns the first evaluation."""
+    results = []
+
+    def closure():
+        torch.manual_seed(seed)  # the same dropout each time: the line search compares losses
+        results.append(gradient())
+        return results[-1][0]
+
+    optimizer.step(closure)
+    return results[0]
+
+
+def take_step(gradient, optimizer, scaler, seed):
+    """One optimizer step with a function that computes the gradient. Returns what that returns."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return step_with_closure(optimizer, gradient, seed)
+    result = gradient()
+    scaler.step(optimizer)
+    scaler.update()
+    return result

@@ -229,7 +229,7 @@ def plot(factors, lr, epochs, path):
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns + 1, 2.2 * rows + 0.6), squeeze=False)
     for axis in axes.flat[len(factors) :]:
         axis.remove()
-    epoch = [epochs * i / 1000 for i in range(1001)]
+    epoch = [epochs * i / 1000 for i in range(1000)]  # not the last moment, at which restarts would start again
     for (name, factor), axis in zip(factors.items(), axes.flat, strict=False):
         axis.plot(epoch, [lr * factor(t, [0.0] * int(t)) for t in epoch], color="#0072B2")
         axis.set(title=name, xlim=(0, epochs), ylim=(0, lr * 1.05), xlabel="epoch", ylabel="learning rate")

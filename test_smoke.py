@@ -422,7 +422,7 @@ def test_every_optimizer_learns_at_its_own_rate(opt):
             return train.backward(model, images, labels, 64, loss, args, "fp32", scaler, optimizer)
 
         if opt == "lbfgs":
-            losses.append(train.step_with_closure(optimizer, gradient, step)[0].item())
+            losses.append(optimizers.step_with_closure(optimizer, gradient, step)[0].item())
         else:
             losses.append(gradient()[0].item())
             optimizer.step()
@@ -2937,7 +2937,7 @@ ALONE = {
     "outputs.py": "import outputs; a = outputs.claim(None, 'runs/a'); b = outputs.claim(None, 'runs/a'); "
     "assert b[0].name == 'a-2'",
     "ranges.py": "import ranges; assert ranges.flag_name('batch_size') == '--batch-size'",
-    "budget.py": "import budget, time; assert 4 < budget.steps_within(0.2, lambda n: time.sleep(0.001), 9, []) < 199",
+    "budget.py": "import budget, time; assert 4 < budget.steps_within(0.2, lambda: time.sleep(0.001), 9, []) < 199",
     "processes.py": "import processes; assert processes.count() == 1 and processes.once(lambda: 3) == 3",
     "plot.py": "import plot; r = dict(epoch=1, lr=1, train_loss=1, train_acc=0, val_loss=1, val_acc=0); "
     "plot.draw({'a': [r, r | dict(epoch=2)]}, 'a.png')",

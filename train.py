@@ -13,6 +13,7 @@ The rooms of this file: set-up, one pass, the run, main. Its flags are in argume
 import argparse
 import copy
 import functools
+import itertools
 import math
 import platform
 import signal
@@ -199,29 +200,6 @@ def backward(net, images, labels, size, loss, args, precision, scaler, optimizer
     return result
 
 
-def step_with_closure(optimizer, gradient, seed):
-    """One step of an optimizer that evaluates the loss several times (L-BFGS). Returns the first evaluation."""
-    results = []
-
-    def closure():
-        torch.manual_seed(seed)  # the same dropout each time: the line search compares losses
-        results.append(gradient())
-        return results[-1][0]
-
-    optimizer.step(closure)
-    return results[0]
-
-
-def take_step(gradient, optimizer, scaler, seed):
-    """One optimizer step with a function that computes the gradient. Returns what that returns."""
-    if isinstance(optimizer, torch.optim.LBFGS):
-        return step_with_closure(optimizer, gradient, seed)
-    result = gradient()
-    scaler.step(optimizer)
-    scaler.update()
-    return result
-
-
 def not_finite(rows):
     """The place in rows of (loss, right, norm) of the first that isn't finite, and what it is; or None."""
     for place, (loss, _, norm) in enumerate(rows):
@@ -262,10 +240,15 @@ def epochs_within(args, data, model, device, precision, parts, loss):
     net, least = processes.connect(model, device), smallest_batch(model)
     sizes = [end - start for start, end in datasets.bounds(len(parts[0][1]), args.batch_size, least)]
 
-    def step(n):
-        images, labels = next(training_batches(args, data, parts[0], device, 0, n, least))
-        batch = (net.train(), images, labels, sizes[n])
-        take_step(functools.partial(backward, *batch, loss, args, precision, scaler, optimizer), optimizer, scaler, n)
+    epochs = (training_batches(args, data, parts[0], device, epoch, 0, least) for epoch in itertools.count())
+    batches = zip(itertools.chain.from_iterable(epochs), itertools.cycle(sizes), strict=False)
+
+    def step():
+        (images, labels), size = next(batches)
+        batch = (net.train(), images, labels, size)
+        optimizers.take_step(
+            functools.partial(backward, *batch, loss, args, precision, scaler, optimizer), optimizer, scaler, 0
+        )
 
     def save():  # a file about as large as last.pt and best.pt
         with tempfile.TemporaryDirectory() as folder:
@@ -343,7 +326,7 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
                 group["lr"] = group["initial_lr"] * rate(step)
             batch = (net, images, labels, sizes[done])
             gradient = functools.partial(backward, *batch, loss, args, precision, scaler, optimizer)
-            seen[done] = take_step(gradient, optimizer, scaler, seed=step)
+            seen[done] = optimizers.take_step(gradient, optimizer, scaler, seed=step)
             if average:
                 average.update(model)
             step, done = step + 1, done + 1
