@@ -7,8 +7,9 @@ on; those of the run itself are here. To add a model, name its file and class in
 """
 
 import argparse
-import os
 from pathlib import Path
+
+import torch
 
 import checkpoints
 import cnn_cifar10
@@ -88,11 +89,11 @@ def parse(argv=None, program="train.py"):
     Returns them, as a dict those that the user gave, and the checkpoint to go on from or None. Raises ValueError for
     what can be seen to be wrong in them.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog=program, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     for name in ("--model", "--resume", "--out", "--init"):
         first.add_argument(name)
     chosen = first.parse_known_args(argv)[0]
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and chosen.out and not chosen.resume:
+    if processes.restarted() and chosen.out and not chosen.resume:
         last = Path(chosen.out) / "last.pt"  # torchrun has started the run anew after a failure
         chosen.resume = str(last) if processes.once(last.exists) else None
     checkpoint = None
@@ -112,6 +113,7 @@ def parse(argv=None, program="train.py"):
     if checkpoint:
         refuse_another_run(resumed, given, defaults)
         args = argparse.Namespace(**resumed | given | dict(resume=chosen.resume))
+        args.minutes = None if "epochs" in given else args.minutes
     else:
         if chosen.init:
             keywords = read_init(chosen.init, model)["model_args"]
@@ -120,6 +122,10 @@ def parse(argv=None, program="train.py"):
         if opt != recipe["opt"]:  # the recipe's rate, decay, momentum ... were chosen for its own optimizer
             recipe = {k: v for k, v in recipe.items() if k not in optimizers.options_of(recipe["opt"])}
         args = argparse.Namespace(**defaults | optimizers.DEFAULTS[opt] | recipe | given)
+        if opt == "rprop":  # it finds the size of its steps itself: a rate that changes does nothing
+            args.sched, args.warmup_epochs = given.get("sched", "none"), given.get("warmup_epochs", 0.0)
+        if opt == "lbfgs" and args.amp == "auto":  # its line search needs the digits
+            args.amp = "off"
         args.nesterov = args.nesterov and (
             args.momentum > 0 or "nesterov" in given
         )  # a recipe's goes with its momentum
@@ -181,7 +187,8 @@ def check(args, given):
             f"--patience {args.patience} must be larger than --patience-epochs {args.patience_epochs}: "
             "else the run stops before the rate can drop"
         )
-    make_schedule(args)  # raises too
+    if not args.minutes or args.resume:
+        make_schedule(args)  # raises too
 
 
 def make_schedule(args):
@@ -194,6 +201,7 @@ def read_init(path, model):
     """What --init starts from, with keys model_args, state_dict and classes: a checkpoint, or a vit_* of timm."""
     content = checkpoints.load(path, keys={})
     if content.keys() >= checkpoints.KEYS.keys():
+        content = checkpoints.load(path)  # all of it is looked at
         if content["model"] != model:
             raise ValueError(f"--init {path} holds a {content['model']}, not a {model}: use --model {content['model']}")
         return content
@@ -204,3 +212,17 @@ def read_init(path, model):
     except ValueError as error:
         raise ValueError(f"--init {path} is not a checkpoint of train.py, and {error}") from None
     return dict(model_args=keywords, state_dict=state, classes=None)
+
+
+def rebuild(checkpoint):
+    """The trained model of a checkpoint, on the CPU. Raises ValueError if it can't be."""
+    if checkpoint["model"] not in MODELS:
+        raise ValueError(f"the checkpoint's model {checkpoint['model']!r} is not known; known are {', '.join(MODELS)}")
+    try:
+        with torch.device("meta"):  # takes no memory, however large the sizes that the file claims
+            model = MODELS[checkpoint["model"]][1](**checkpoint["model_args"])
+        model.load_state_dict(checkpoint["state_dict"], assign=True)
+    except (TypeError, RuntimeError, ValueError) as error:
+        why = str(error)[:200]
+        raise ValueError(f"the checkpoint's weights don't fit its model {checkpoint['model']}: {why}") from None
+    return model

@@ -74,6 +74,8 @@ def load(path, *, keys=KEYS):
     wrong = [name for name, type in keys.items() if not isinstance(content, dict) or type is not _type(content, name)]
     if wrong or not isinstance(content, dict):
         wanted = f"it has no valid {', '.join(wrong)}" if wrong else "it holds no names"
+        if keys == RESUME_KEYS and not KEYS.keys() & set(wrong):
+            wanted = "only a run's last.pt can be resumed"
         raise ValueError(f"{path} is not a checkpoint of this train.py: {wanted}")
     for name, tensor in content.get("state_dict", {}).items():
         if not isinstance(tensor, torch.Tensor) or tensor.nbytes > os.path.getsize(path):

@@ -117,11 +117,12 @@ def _from_torchvision(name, root):
                 raise
             _download(name, cls, root)
             train, test = cls(root, train=True), cls(root, train=False)
-    except Unavailable:
+    except Unavailable as error:
+        if (root / getattr(cls, "base_folder", cls.__name__)).exists():
+            raise ValueError(f"{name} in {root} is damaged or not complete: {error}") from error
         raise
     except Exception as error:  # whatever a damaged file makes torchvision's readers say
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{name} in {root} is damaged ({why}): remove it to load it again") from error
+        raise ValueError(f"{name} in {root} is damaged ({error!r}): remove it to load it again") from error
 
     def tensors(part):
         images = torch.as_tensor(part.data)
@@ -184,7 +185,7 @@ def _from_folder(folder, data_dir, img_size):
     labels = torch.tensor([label for part in files.values() for _, label in part])
     img_size = img_size or min(64, min(_image_size(paths[0])))
 
-    state = _fingerprint(paths, img_size)
+    state = _fingerprint(folder, paths, img_size)
     key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
     cache = data_dir / "cache" / f"{folder.resolve().name}-{img_size}-{key}.pt"
     images, note = None, ""
@@ -197,7 +198,7 @@ def _from_folder(folder, data_dir, img_size):
             note = f"the cache {cache} is damaged ({type(error).__name__}): decoding {folder} again"
     if images is None:
         images = _decode_all(paths, img_size)
-        if _fingerprint(paths, img_size) != state:
+        if _fingerprint(folder, paths, img_size) != state:
             raise ValueError(f"{folder} changed while it was being decoded: run again when it is at rest")
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
@@ -221,12 +222,12 @@ def _entries(folder):
         raise ValueError(f"{folder} can't be read ({error.strerror}): {rule}") from error
 
 
-def _fingerprint(paths, img_size):
+def _fingerprint(folder, paths, img_size):
     """A hash of what tells one state of a folder from another: the names, sizes and times of its files."""
     digest = hashlib.sha256(f"{CACHE_VERSION} {img_size}".encode())
     for path in paths:
         info = os.stat(path)
-        digest.update(os.fsencode(path) + f" {info.st_size} {info.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(os.path.relpath(path, folder)) + f" {info.st_size} {info.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -274,9 +275,8 @@ def _decode_all(paths, size):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(progress(pool.map(some, starts), total=len(starts), desc="decoding", unit="00 images"))
     if unreadable:
-        some = ", ".join(f"{path} ({error})" for path, error in sorted(unreadable.items())[:3])
-        some += ", ..." if len(unreadable) > 3 else ""
-        raise ValueError(f"{len(unreadable)} of {len(paths)} images can't be read, repair or remove them: {some}")
+        some = [f"{path} ({error})" for path, error in sorted(unreadable.items())[:3]] + ["..."] * (len(unreadable) > 3)
+        raise ValueError(f"{len(unreadable)} of {len(paths)} images can't be read, repair them: {', '.join(some)}")
     return images[:, :1].clone() if all(torch.equal(images[:, 0], images[:, c]) for c in (1, 2)) else images
 
 
@@ -591,7 +591,7 @@ def main():
     on = {k: v for k, v in (on | dict(erase=args.reprob)).items() if v not in (0, "none")}
     try:
         show(load(args.data or "shapes", args.data_dir, img_size=args.img_size), args.show, **on)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         parser.error(" ".join(str(error).split()))
     print(f"wrote {args.show}")
 

@@ -3,9 +3,9 @@
     python diagnose.py --model vit --opt adamw --sched cosine
     python diagnose.py --model cnn --find-lr lr.png
 
-It takes every flag of train.py (--out, --log-interval and --accum change nothing here) and writes nothing but the
-picture of --find-lr. Each check prints one line: ok or FAIL, a figure, and what to do. Exit status: 0, 1 if a check
-fails, 2 for wrong arguments. The test images are compared with the others; their labels are not read.
+It takes the flags of train.py that shape the training, and writes nothing but the picture of --find-lr. Each check
+prints one line: ok or FAIL, a figure, and what to do. Exit status: 0, 1 if a check fails, 2 for wrong arguments. The
+test images are compared with the others; their labels are not read.
 """
 
 import argparse
@@ -23,7 +23,9 @@ import torch.nn.functional as F
 import arguments
 import data as datasets
 import devices
+import finetune
 import optimizers
+import ranges
 import train
 from ranges import flag_name
 
@@ -49,25 +51,35 @@ def parse_args(argv=None):
             raise ValueError(f"--find-lr can't be used with --opt {args.opt}, which finds the size of its steps itself")
         if Path(own.find_lr).suffix != ".png" or not Path(own.find_lr).parent.is_dir():
             raise ValueError(f"--find-lr {own.find_lr} must be a .png file in a folder that exists")
-    args.accum = 1  # it saves memory, and may not be larger than the small batches here
+    names = {"out", "log_interval", "save_every", "tensorboard", "runs", "minutes", "ema", "tta", "patience"}
+    ranges.refuse_idle(given, names | {"min_delta", "monitor"}, "with diagnose.py")
     return args, given, own.find_lr
 
 
 def set_up(args, given):
     """What the checks look at: arguments, data, a fresh model, device and precision."""
     device = devices.choose_device(args.device)
-    amp = "off" if args.opt == "lbfgs" and args.amp == "auto" else args.amp  # as in train.py
-    s = SimpleNamespace(args=args, device=device, precision=devices.choose_precision(amp, device))
+    s = SimpleNamespace(args=args, device=device, precision=devices.choose_precision(args.amp, device))
     s.data, s.train_part, s.val_part = train.load_data(args, given)
     s.model, s.loss = train.build(args, s.data, device), train.make_loss(args, s.data, device, s.precision)
+    if args.init:
+        finetune.initialise(s.model, arguments.read_init(args.init, args.model), s.data.classes)
+    finetune.freeze(s.model, args.freeze)
     return s
 
 
-def batches(s, size, **augmentation):
-    """Normalised training images and their labels in random order, without end."""
+def batches(s, size):
+    """Normalised training images and their labels in random order, as they are, without end."""
     for epoch in itertools.count():
         key = (s.args.seed, epoch)
-        yield from datasets.batches(s.train_part, size, s.data.mean, s.data.std, s.device, key=key, **augmentation)
+        yield from datasets.batches(s.train_part, size, s.data.mean, s.data.std, s.device, key=key)
+
+
+def augmented(s, size):
+    """The batches that training gets, but of this size."""
+    args = argparse.Namespace(**vars(s.args) | dict(batch_size=size))
+    for epoch in itertools.count():
+        yield from train.training_batches(args, s.data, s.train_part, s.device, epoch, 0, 2)
 
 
 def descend(s, model, optimizer, factors, loader):
@@ -208,7 +220,7 @@ def rate(s):
     peak = values.index(max(values))
     short = [values[peak * i // 8] for i in range(8)] + [values[peak]] * 8
     model = copy.deepcopy(s.model)
-    loader = batches(s, min(64, s.args.batch_size), crop_pad=s.args.crop_pad, flip=s.args.flip)
+    loader = augmented(s, min(64, s.args.batch_size))
     seen = [loss for loss, *_ in descend(s, model, train.make_optimizer(s.args, model), short, loader)]
     figure = f"training loss {seen[0]:.4f} at first, {max(seen):.4f} at most in 16 steps up to --lr {s.args.lr:g}"
     calm = all(loss < 2 * seen[0] for loss in seen)  # NaN isn't
@@ -242,7 +254,7 @@ def find_lr(s):
     count = round(math.log10(HIGHEST / LOWEST) * PER_DECADE) + 1
     rates = [LOWEST * 10 ** (i / PER_DECADE) for i in range(count)]
     model = copy.deepcopy(s.model)
-    loader = batches(s, s.args.batch_size, crop_pad=s.args.crop_pad, flip=s.args.flip)
+    loader = augmented(s, s.args.batch_size)
     steps = descend(s, model, train.make_optimizer(s.args, model), [rate / s.args.lr for rate in rates], loader)
     smooth, mean = [], 0.0
     for step, (loss, *_) in enumerate(datasets.progress(steps, total=count, desc="find-lr", unit=" steps"), 1):
@@ -285,12 +297,16 @@ def main(argv=None):
     try:
         args, given, path = parse_args(argv)
         s = set_up(args, given)
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         return train.fail(2, error, "diagnose.py")
     if s.data.note:
         print(s.data.note)
     try:
         return suggest(s, path) if path else check(s)
+    except KeyboardInterrupt:
+        return 130
     except torch.OutOfMemoryError:
         return train.fail(1, f"out of memory at --batch-size {args.batch_size}: lower it", "diagnose.py")
     except OSError as error:

@@ -1,7 +1,7 @@
 """Start from weights that were trained elsewhere, and train a part of a model only.
 
     print(load_matching(model, torch.load("other.pt", weights_only=True)))
-    freeze(model, ["blocks"])                    # everything but the patch embedding, the norm and the head
+    freeze(model, ["blocks"])                    # train everything but a ViT's blocks
     train_mode(model)                            # in place of model.train()
 
 Copied alone, this file needs torch and nothing else.

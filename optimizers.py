@@ -50,7 +50,7 @@ def adadelta(groups, *, lr):
 
 
 def rprop(groups, *, lr):
-    """Made for whole-set gradients. lr is the first step size only, a schedule has no effect after it."""
+    """Made for whole-set gradients. lr is the size of the first step only: no schedule has an effect after it."""
     return torch.optim.Rprop(groups, lr)
 
 
@@ -177,7 +177,9 @@ def describe_groups(model, groups):
     """
     by_id, names = {id(p): name for name, p in model.named_parameters()}, {}
     for group in groups:
-        names.setdefault(group["lr"], {}).update({by_id[id(p)]: group.get("weight_decay", 0) for p in group["params"]})
+        names.setdefault(group.get("initial_lr", group["lr"]), {}).update(
+            {by_id[id(p)]: group.get("weight_decay", 0) for p in group["params"]}
+        )
     sizes, lines = {name: p.numel() for name, p in model.named_parameters()}, []
     for lr, some in sorted(names.items(), reverse=True):
         whole = {}  # the shortest prefixes of which all parameters have this rate

@@ -15,13 +15,14 @@ import csv
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 
 # Okabe and Ito's colours: colour-blind readers can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 STYLES = {"train": ("--", "training"), "val": ("-", "validation")}
 # Arguments that don't change a run's figures, and the seed, which only shakes them.
-NAMELESS = {"out", "data_dir", "device", "log_interval", "resume", "eval", "tensorboard", "seed"}
+NAMELESS = {"out", "data_dir", "device", "log_interval", "save_every", "resume", "eval", "tensorboard", "seed"}
 TELLING = ("model", "data", "opt", "sched")  # values that say what they are
 
 
@@ -70,6 +71,18 @@ def short_names(arguments):
         if told_apart([*chosen, key]) > told_apart(chosen):
             chosen.append(key)
     return [named(args, chosen) for args in arguments]
+
+
+def with_metrics(folders):
+    """The folders of runs among these, and in the folders of --runs; without those that have no epoch yet."""
+    folders = [one for folder in folders for one in sorted(Path(folder).glob("seed-*")) or [Path(folder)]]
+    found = [folder for folder in folders if (folder / "metrics.csv").exists()]
+    if not found:
+        raise ValueError(f"{folders[0]}/metrics.csv doesn't exist: name the folders of runs")
+    for folder in folders:
+        if folder not in found:
+            print(f"note: {folder} is left out, it has no metrics.csv", file=sys.stderr)
+    return found
 
 
 def collect(folders):
@@ -167,7 +180,7 @@ def main():
     parser.add_argument("--out", default="curves.png", metavar="FILE", help="the picture (%(default)s)")
     args = parser.parse_args()
     try:
-        runs, best = collect(args.runs)
+        runs, best = collect(with_metrics(args.runs))
         draw(runs, args.out, best)
     except (ValueError, OSError) as error:
         parser.error(str(error))

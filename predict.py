@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import arguments
 import checkpoints
 import data as datasets
 import devices
@@ -119,8 +120,8 @@ def looks_dark_on_light(image, checkpoint):
 
 
 def logits_of(model, images, checkpoint, device):
-    """float32 (n, classes) on the CPU for uint8 images, in the precision that training chose."""
-    precision = devices.choose_precision("auto", device)
+    """float32 (n, classes) on the CPU for uint8 images, in the precision of the run, if this device has it."""
+    precision = devices.choose_precision(checkpoint["args"].get("amp", "auto"), device)
     part = images, torch.zeros(len(images), dtype=torch.int64)
     logits = []
     with torch.inference_mode(), devices.autocast(device, precision):
@@ -303,7 +304,7 @@ def main(argv=None):
         mode = check(args)
         device = devices.choose_device(args.device)
         checkpoint = checkpoints.load(args.checkpoint)
-        model = train.rebuild(checkpoint).to(device).eval()
+        model = arguments.rebuild(checkpoint).to(device).eval()
         act = dict(images=predict, report=print_report, attention=draw_attention, export=export)[mode]
         return act(args, checkpoint, model, device)
     except BrokenPipeError:  # | head

@@ -35,6 +35,11 @@ def leave(status):
     return status
 
 
+def restarted():
+    """Has torchrun started this process anew, after one of the group had failed?"""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -159,7 +159,7 @@ def schedule(
             keywords["values"] = values[math.ceil(warmup_epochs) :]
         if epoch < warmup_epochs:
             return (WARMUP_START + (1 - WARMUP_START) * epoch / warmup_epochs) * function(0.0, **keywords)
-        return function(epoch - warmup_epochs, **keywords)
+        return function(round(epoch - warmup_epochs, 9), **keywords)  # 4 - 0.1 - 3.9 isn't 0, and a step would be late
 
     return factor
 
@@ -210,7 +210,10 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     if args.plot:
-        return plot(factors, args.lr, args.epochs, args.plot)
+        try:
+            return plot(factors, args.lr, args.epochs, args.plot)
+        except (ValueError, OSError) as error:
+            parser.error(f"--plot {args.plot} can't be written ({error})")
     print("epoch,lr")
     for epoch in range(int(args.epochs) + 1):
         print(f"{epoch},{args.lr * factors[args.sched](epoch, [0.0] * epoch):.10g}")

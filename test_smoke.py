@@ -310,6 +310,14 @@ def test_schedule_equals_torch_at_every_epoch_boundary(name, warmup):
         assert len({f"{lr:.9f}" for lr in ours[warmup:]}) > 1  # a constant would not pass
 
 
+def test_steps_are_on_time_after_a_fractional_warmup():
+    for warmup in (0.1, 0.3, 0.7, 1.1, 2.3):
+        factor = schedulers.schedule("step", lr=1, epochs=40, warmup_epochs=warmup, step_size=1, gamma=0.5)
+        for n in range(1, 30):
+            step = round((warmup + n) * 10)  # of 10 steps an epoch
+            assert factor(step / 10) == 0.5**n and factor((step - 1) / 10) == 0.5 ** (n - 1), (warmup, n)
+
+
 def test_plateau_for_a_loss():
     factor = schedulers.schedule("plateau", lr=1, epochs=9, patience_epochs=1, mode="min", gamma=0.5)
     values = [1.0, 0.9, 0.9, 0.95, 0.8, 0.8, 0.8, 0.8]
@@ -1130,6 +1138,60 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     assert checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)["step"] > 0
 
 
+def test_a_run_that_ended_inside_an_epoch_can_be_prolonged(tiny):
+    """The epoch that was cut gets a second row, for the rest of its images."""
+    assert call(*TINY_MLP, "--batch-size", 20, "--epochs", 1.5, "--out", "run") == 0
+    assert call("--resume", "run/last.pt", "--epochs", 3) == 0
+    with open("run/metrics.csv") as file:
+        rows = [(row["epoch"], row["step"]) for row in csv.DictReader(file)]
+    assert rows == [("1", "7"), ("2", "10"), ("3", "14"), ("4", "21")]
+    last = checkpoints.load("run/last.pt", keys=checkpoints.RESUME_KEYS)
+    assert last["epoch"] == last["metrics"]["epoch"] == 4
+    images = [row["images_per_second"] * row["seconds"] for row in last["history"]]
+    assert images == pytest.approx([126, 60, 66, 126])
+    assert json.loads(Path("run/result.json").read_text())["epochs_run"] == 4
+
+
+def test_a_folder_may_be_called_shapes(tiny):
+    write_folder(tiny / "mine" / "shapes", train_count=40)
+    assert call("--model", "cnn", "--widths", 4, "--data", "mine/shapes", "--epochs", 1, "--out", "run") == 0
+    assert json.loads(Path("run/result.json").read_text())["args"]["data"] == "mine/shapes"
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 0
+
+
+def test_one_image_is_no_batch_for_a_batch_norm(tiny, capsys):
+    for flags in ("--batch-size 1", "--limit 1"):
+        assert call(*TINY_MLP, "--out", "run", *flags.split()) == 2
+        assert "at least 2" in capsys.readouterr().err and not Path("run").exists()
+    for i, flags in enumerate(("--batch-size 8 --accum 8", "--limit 99 --batch-size 4 --accum 2")):
+        assert call(*TINY_MLP, *flags.split(), "--out", f"run-{i}") == 0
+    assert call(*TINY_MLP, "--batch-size", 1, "--no-batch-norm", "--limit", 3, "--out", "run") == 0
+
+
+def test_runs_in_part(tiny, monkeypatch, capsys):
+    assert call(*TINY_MLP, "--runs", 2, "--data", "nowhere", "--out", "many") == 2 and not Path("many").exists()
+    assert call(*TINY_MLP, "--runs", 2, "--hidden", 10**13, "--out", "many") == 2 and not Path("many").exists()
+    real, calls = train.backward, []
+
+    def backward(net, images, *rest):
+        calls.append(1)
+        return real(net, images * math.nan if len(calls) == 5 else images, *rest)
+
+    monkeypatch.setattr(train, "backward", backward)
+    assert call(*TINY_MLP, "--runs", 3, "--out", "many") == 1
+    result = json.loads(Path("many/result.json").read_text())
+    assert result["n"] == 2 and len(result["runs"]) == 2
+
+
+def test_eval_uses_the_precision_of_the_run(tiny, capsys):
+    assert call(*TINY_MLP, "--amp", "off", "--epochs", 3, "--out", "run") == 0
+    result = json.loads(Path("run/result.json").read_text())
+    capsys.readouterr()
+    assert call("--eval", "run/best.pt") == 0
+    assert f"loss {result['test_loss']:.4f}" in capsys.readouterr().out
+    assert result["amp"] == "fp32"
+
+
 def test_two_runs_do_not_share_a_folder(tiny, capsys):
     assert call(*TINY_MLP, "--out", "run") == 0
     with open("run/log.txt", "a") as log:
@@ -1611,6 +1673,18 @@ def test_processes_follow_the_run_of_one(count, tmp_path):
     assert results[0]["test_acc"] == results[1]["test_acc"]
     assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=1e-5)
     assert not any(name.startswith("module.") for name in many["state_dict"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["", "--ema 0.9"])
+def test_processes_validate_one_model_though_batch_norms_differ(more, tmp_path):
+    flags = "--hidden 32 --data shapes --epochs 2 --limit 501 --val-split 2000 --batch-size 100 --amp off --device cpu"
+    assert torchrun(2, HERE / "train.py", *flags.split(), *more.split(), "--out", "run", cwd=tmp_path).returncode == 0
+    best = checkpoints.load(tmp_path / "run" / "best.pt")
+    data = datasets.shapes()
+    part = datasets.split(data.train, 2000, 0)[1]
+    loss, acc = train.evaluate(arguments.rebuild(best), part, data, torch.device("cpu"), "fp32")
+    assert best["metrics"]["val_acc"] == acc and best["metrics"]["val_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -2550,7 +2624,7 @@ def test_predictions_of_saved_images_are_those_of_the_tensors(name, trained, tin
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     checkpoint = checkpoints.load(f"{name}.pt")
     device = torch.device("cpu")
-    model = train.rebuild(checkpoint).eval()
+    model = arguments.rebuild(checkpoint).eval()
     expected = predict.logits_of(model, data.test[0], checkpoint, device).softmax(1)
     assert [line["file"] for line in lines] == [f"images/{i:03}.png" for i in range(40)]
     assert [line["class"] for line in lines] == [data.classes[i] for i in expected.argmax(1)]
@@ -2725,7 +2799,7 @@ def test_attention_picture(pool, trained, tiny, capsys):
 def test_exported_program_equals_the_model(name, trained, tiny, capsys):
     assert predict.main([f"{name}.pt", "--export", "model.pt2"]) == 0
     assert "differs from the model by" in capsys.readouterr().out
-    model, program = train.rebuild(checkpoints.load(f"{name}.pt")).eval(), torch.export.load("model.pt2").module()
+    model, program = arguments.rebuild(checkpoints.load(f"{name}.pt")).eval(), torch.export.load("model.pt2").module()
     for count in (1, 3, 8):
         images = images_for(model, count)
         assert torch.allclose(program(images), model(images), atol=1e-5)

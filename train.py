@@ -16,6 +16,7 @@ import functools
 import itertools
 import math
 import platform
+import shutil
 import signal
 import sys
 import tempfile
@@ -50,6 +51,10 @@ NOT_FINITE = "lower --lr, or add --warmup-epochs or --clip-grad 1"
 def load_data(args, given):
     """The dataset, and what of its training part is trained on and what is held out."""
     fallback = "data" not in given and not args.resume
+    if "img_size" in given and not Path(args.data).is_dir():
+        raise ValueError(
+            f"--img-size {args.img_size} has no effect with --data {args.data}: it's for folders of images"
+        )
     where = dict(data_dir=args.data_dir, img_size=args.img_size, fallback=fallback)
     data = processes.once_a_machine(lambda: datasets.load(args.data, **where))
     train_part, val_part = datasets.split(data.train, args.val_split, args.seed)
@@ -71,22 +76,6 @@ def build(args, data, device):
         raise ValueError(f"--model {args.model} can't be built in these sizes: {str(error)[:100]}") from None
     # Convolutions are faster with the channels last, matrices don't mind. L-BFGS can't flatten such gradients.
     return model.to(device, memory_format=torch.preserve_format if args.opt == "lbfgs" else torch.channels_last)
-
-
-def rebuild(checkpoint):
-    """The trained model of a checkpoint, on the CPU. Raises ValueError if it can't be."""
-    if checkpoint["model"] not in arguments.MODELS:
-        raise ValueError(
-            f"the checkpoint's model {checkpoint['model']!r} is not known; known are {', '.join(arguments.MODELS)}"
-        )
-    try:
-        with torch.device("meta"):  # takes no memory, however large the sizes that the file claims
-            model = arguments.MODELS[checkpoint["model"]][1](**checkpoint["model_args"])
-        model.load_state_dict(checkpoint["state_dict"], assign=True)
-    except (TypeError, RuntimeError, ValueError) as error:
-        why = str(error)[:200]
-        raise ValueError(f"the checkpoint's weights don't fit its model {checkpoint['model']}: {why}") from None
-    return model
 
 
 def load_for(checkpoint, name, data_dir):
@@ -121,11 +110,13 @@ def make_loss(args, data, device, precision):
     shape = (checkpoint["channels"], checkpoint["image_size"], checkpoint["image_size"])
     if (checkpoint["classes"], shape) != (data.classes, data.train[0].shape[1:]):
         raise ValueError(f"--teacher {args.teacher} knows other classes or sizes: {checkpoint['classes']}, {shape}")
-    teacher = rebuild(checkpoint).to(device).eval().requires_grad_(False)
+    teacher = arguments.rebuild(checkpoint).to(device).eval().requires_grad_(False)
+    means, stds = (torch.tensor([getattr(data, k), checkpoint[k]], device=device) for k in ("mean", "std"))
+    scale, shift = (stds[0] / stds[1])[:, None, None], ((means[0] - means[1]) / stds[1])[:, None, None]
 
     def with_teacher(images, scores, labels):
         with torch.no_grad(), devices.autocast(device, precision):
-            wanted = teacher(images)
+            wanted = teacher(images * scale + shift)  # normalised as it knows them
         return loss(scores, labels) + args.distill * losses.distillation(scores, wanted.float(), args.temperature)
 
     return with_teacher
@@ -183,7 +174,8 @@ def backward(net, images, labels, size, loss, args, precision, scaler, optimizer
     result, weight = torch.zeros(3, device=images.device), 1 / size
     if len(images) == 0:  # fewer images than processes: join the exchange of gradients with one that counts for nothing
         images, labels, weight = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1, *labels.shape[1:]), 0.0
-    pieces = list(zip(images.chunk(args.accum), labels.chunk(args.accum), strict=True))
+    count = max(1, min(args.accum, len(images) // 2))  # no piece of one image: batch norm can't train on that
+    pieces = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
     for i, (x, y) in enumerate(pieces):
         with processes.exchange(net, i + 1 == len(pieces)):
             with devices.autocast(x.device, precision):
@@ -237,7 +229,7 @@ def epochs_within(args, data, model, device, precision, parts, loss):
     """How many epochs, in whole steps, fit into --minutes, validation and saving included: measured on copies."""
     rng, model, some = devices.rng_state(device), copy.deepcopy(model), [t[: 4 * EVAL_BATCH] for t in parts[1]]
     scaler, optimizer = torch.amp.GradScaler(device.type, enabled=precision == "fp16"), make_optimizer(args, model)
-    net, least = processes.connect(model, device), smallest_batch(model)
+    least = smallest_batch(model)
     sizes = [end - start for start, end in datasets.bounds(len(parts[0][1]), args.batch_size, least)]
 
     epochs = (training_batches(args, data, parts[0], device, epoch, 0, least) for epoch in itertools.count())
@@ -245,7 +237,7 @@ def epochs_within(args, data, model, device, precision, parts, loss):
 
     def step():
         (images, labels), size = next(batches)
-        batch = (net.train(), images, labels, size)
+        batch = (model.train(), images, labels, size)
         optimizers.take_step(
             functools.partial(backward, *batch, loss, args, precision, scaler, optimizer), optimizer, scaler, 0
         )
@@ -261,7 +253,7 @@ def epochs_within(args, data, model, device, precision, parts, loss):
         others.append((validate, len(parts[1][1]) / len(some[1])))
     steps = budget.steps_within(60 * args.minutes, step, len(sizes), others)
     devices.restore_rng(rng, device)
-    return processes.once(lambda: steps) / len(sizes)
+    return steps / len(sizes)
 
 
 def train(args, data, model, device, precision, out, say, parts, loss, average, optimizer, scaler, state, signals):
@@ -301,6 +293,8 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
         outputs.write_metrics(history, out / "metrics.csv")
         if history[-1]["step"] == step and find_best(args, history) is history[-1]:
             save("best.pt")
+    # A run that ended inside an epoch and is prolonged: so many steps of it have a row already.
+    validated = step % steps_per_epoch if history and history[-1]["step"] == step else 0
     events = args.tensorboard and processes.rank() == 0
     write_events = outputs.make_events(out, say) if events else lambda row: None
     began, first_step, drawn = time.perf_counter(), step, time.perf_counter()
@@ -352,8 +346,10 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
             return history, "interrupted", 128 + stop
 
         # Validate, keep the best, save, report.
-        count, row = sum(sizes[:done]), dict(epoch=epoch + 1, step=step, lr=args.lr * rate(step - 1))
-        row["train_loss"] = sum(value * size for (value, _, _), size in zip(rows, sizes, strict=False)) / count
+        processes.spread(judged)  # batch norms have seen different images in each process
+        rows, own_sizes = rows[validated:], sizes[validated:done]
+        count, row = sum(own_sizes), dict(epoch=len(history) + 1, step=step, lr=args.lr * rate(step - 1))
+        row["train_loss"] = sum(value * size for (value, _, _), size in zip(rows, own_sizes, strict=True)) / count
         row["train_acc"] = sum(right for _, right, _ in rows) / count
         row["val_loss"], row["val_acc"] = math.nan, math.nan
         if args.val_split:
@@ -364,7 +360,7 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
                 return history, "non-finite loss", 1
         row["seconds"], row["images_per_second"], seconds = seconds, count / seconds, 0.0
         history.append(row)
-        best = find_best(args, history)
+        validated, best = 0, find_best(args, history)
         save_last()
         if best is row:
             save("best.pt")
@@ -436,26 +432,26 @@ def print_test(args, given):
     checkpoint = checkpoints.load(args.eval)
     if given.get("model", checkpoint["model"]) != checkpoint["model"]:
         raise ValueError(f"{args.eval} holds a {checkpoint['model']}, not --model {args.model}")
-    run = argparse.Namespace(**dict(data="shapes", loss="ce", tta=False, flip=False) | checkpoint["args"])
+    run = argparse.Namespace(**dict(data="shapes", loss="ce", tta=False, flip=False, amp="auto") | checkpoint["args"])
     data = load_for(checkpoint, given.get("data", run.data), args.data_dir)
     device = processes.own_device(devices.choose_device(args.device))
-    model, precision = rebuild(checkpoint).to(device), devices.choose_precision(args.amp, device)
+    model = arguments.rebuild(checkpoint).to(device)
+    precision = devices.choose_precision(given.get("amp", run.amp), device)
     loss, acc = evaluate(model, data.test, data, device, precision, **scoring(run))
-    views = ", mean of views" * run.tta
-    print(f"test acc {acc:.4f}  loss {loss:.4f}  ({data.name}, {len(data.test[1]):,} images{views})")
+    read = f"{data.name}, {len(data.test[1]):,} images{', mean of views' * run.tta}"
+    print(f"test acc {acc:.4f}  loss {loss:.4f}  ({read})")
 
 
 def set_up(args, given, resumed):
     """All that may be refused, in the order of its cost; then the run's folder. Nothing is written before that."""
     device = processes.own_device(devices.choose_device(args.device))
-    amp = "off" if args.opt == "lbfgs" and args.amp == "auto" else args.amp  # its line search needs the digits
-    precision = devices.choose_precision(amp, device)
+    precision = devices.choose_precision(args.amp, device)
     data, train_part, val_part = load_data(args, given)
-    args.data = "shapes" if data.name == "shapes" else args.data
+    args.data = "shapes" if args.data in datasets.DOWNLOADS and data.name == "shapes" else args.data
     model = build(args, data, device)
     if processes.rank():
         torch.manual_seed(args.seed + processes.rank())  # dropout of its own
-    started = None
+    started = ""
     if args.init and not resumed:
         fits = finetune.initialise(model, arguments.read_init(args.init, args.model), data.classes)
         started = f"start from {args.init}: {fits}"
@@ -463,7 +459,11 @@ def set_up(args, given, resumed):
     optimizer, loss = make_optimizer(args, model), make_loss(args, data, device, precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     average = averaging.Average(model, args.ema) if args.ema else None
-    steps = len(datasets.bounds(len(train_part[1]), args.batch_size, smallest_batch(model)))
+    least, count = smallest_batch(model), len(train_part[1])
+    if min(args.batch_size, count) < least:
+        text = f"--batch-size {args.batch_size} of {count} images must be at least {least}"
+        raise ValueError(f"{text}: batch norm can't train on one image in a process")
+    steps = len(datasets.bounds(count, args.batch_size, least))
     state = dict(step=0, history=[], seconds=0.0, seen=torch.zeros(steps, 3, device=device))  # as last.pt holds them
     if resumed:
         restore(resumed, model, average, optimizer, scaler, state, device)
@@ -479,8 +479,9 @@ def set_up(args, given, resumed):
         nonlocal log
         before, out = (Path(args.resume).parent, given.get("out")) if resumed else (None, args.out)
         going_on = resumed and (out is None or Path(out).resolve() == before.resolve())
+        going_on = going_on or (processes.restarted() and out is not None)
         default = Path("runs") / f"{args.model}-{data.name}-{args.opt}-{args.sched}"
-        out, log = outputs.claim(before if going_on else out, default, going_on)
+        out, log = outputs.claim(before if going_on and resumed else out, default, going_on)
         if resumed and not going_on and (before / "best.pt").exists():
             checkpoints.save(checkpoints.load(before / "best.pt"), out / "best.pt")
         return out
@@ -491,19 +492,21 @@ def set_up(args, given, resumed):
     say(f"torch {torch.__version__}, python {platform.python_version()}, {devices.device_name(device)}, {precision}")
     counts = [f"{len(labels):,}" for _, labels in (train_part, val_part, data.test)]
     shape = "x".join(map(str, data.train[0].shape[1:]))
-    lines = [data.note] if data.note else []
-    lines.append(f"{data.name}: {counts[0]} images to train on, {counts[1]} to validate, {counts[2]} to test; ")
-    lines[-1] += f"{len(data.classes)} classes, {shape}"
+    kind, length = f"{len(data.classes)} classes, {shape}", f"{args.epochs:g} epochs, batches of {args.batch_size}"
+    lines = [f"{data.name}: {counts[0]} images to train on, {counts[1]} to validate, {counts[2]} to test; {kind}"]
     lines.append(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.opt}, ")
-    lines[-1] += f"{args.sched}, {args.epochs:g} epochs, batches of {args.batch_size}"
-    lines += optimizers.describe_groups(model, optimizer.param_groups)
-    lines += [started] if started else []
+    lines[-1] += f"{args.sched}, {length}"
+    lines = [data.note, *lines, *optimizers.describe_groups(model, optimizer.param_groups), started]
     if resumed:
-        changed = [f"{flag_name(k)} {v} -> {given[k]}" for k, v in resumed["args"].items() if given.get(k, v) != v]
+        changed = [
+            f"{flag_name(k)} {v} -> {given[k]}"
+            for k, v in resumed["args"].items()
+            if given.get(k, v) != v and k != "resume"
+        ]
         lines.append(f"going on after step {resumed['step']:,} of {args.resume}" + "".join(f", {c}" for c in changed))
     if processes.count() > 1:
         lines.append(f"{processes.count()} processes share every batch")
-    for line in [*lines, f"writing to {out}"]:
+    for line in filter(None, [*lines, f"writing to {out}"]):
         say(line)
     return (args, data, model, device, precision, out, say), (parts, loss, average, optimizer, scaler, state)
 
@@ -537,23 +540,27 @@ def run_once(args, given, resumed):
 
 def run_seeds(args, given):
     """--runs: one run for each seed, in folders of one folder, and their mean and standard deviation."""
-    default = Path("runs") / f"{args.model}-{Path(args.data).name}-{args.opt}-{args.sched}-x{args.runs}"
     try:
+        data = load_data(args, given)[0]
+        default = Path("runs") / f"{args.model}-{data.name}-{args.opt}-{args.sched}-x{args.runs}"
         folder, log = outputs.claim(args.out, default)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return fail(2, error)
-    say, results = outputs.make_say(log), []
+    say, results, status = outputs.make_say(log), [], 0
     for seed in range(args.seed, args.seed + args.runs):
         own = argparse.Namespace(**vars(args) | dict(seed=seed, runs=1, out=str(folder / f"seed-{seed}")))
         result, status = run_once(own, given, None)
         if status:
-            return status
+            break
         results.append(result)
-    text, summary = outputs.over_seeds(results)
-    say(text)
-    summary |= dict(args=vars(args), command=outputs.command(), commit=outputs.commit())
-    outputs.write_result(summary, folder / "result.json")
-    return 0
+    if status == 2 and not results:
+        shutil.rmtree(folder)  # nothing has been run
+    if len(results) > 1:
+        text, summary = outputs.over_seeds(results)
+        say(text)
+        summary |= dict(args=vars(args) | dict(data=own.data), command=outputs.command(), commit=outputs.commit())
+        outputs.write_result(summary, folder / "result.json")
+    return status
 
 
 def run(argv):
@@ -563,12 +570,11 @@ def run(argv):
         if args.eval:
             print_test(args, given)
             return 0
+        return run_seeds(args, given) if args.runs > 1 else run_once(args, given, resumed)[1]
     except SystemExit as stop:  # argparse has said why
         return stop.code
     except (ValueError, OSError) as error:
         return fail(2, error)
-    try:
-        return run_seeds(args, given) if args.runs > 1 else run_once(args, given, resumed)[1]
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
