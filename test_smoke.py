@@ -371,7 +371,7 @@ def test_schedule_refuses(wrong):
 
 def python(*argv, cwd=None, **more):
     """A command in a fresh interpreter, without a GPU and without the network's proxies."""
-    env = os.environ | dict(CUDA_VISIBLE_DEVICES="", MPLBACKEND="Agg")
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES="", MPLBACKEND="Agg", OMP_NUM_THREADS="1")
     return subprocess.run(
         [sys.executable, *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True, timeout=900, **more
     )
