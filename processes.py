@@ -7,10 +7,12 @@ process is a group of its own, and everything here costs nothing. Copied alone, 
 """
 
 import contextlib
+import gc
 import os
 import signal
 import sys
 import time
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -21,9 +23,33 @@ def join():
     """Form the group with the other processes that torchrun started. Only the first of them prints from here on."""
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend)
+        store, own_rank, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(_agree(store, own_rank, size), store)
+        dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
+        # torchrun counts failures by machine: one that only saw the group break has a lower count.
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(any_of(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
+
+
+def _agree(store, own_rank, size):
+    """A word that the processes of this start share, and those of no earlier one.
+
+    torchrun keeps its store when it starts the processes anew: under the old keys they'd find the addresses of the
+    dead, and couldn't connect or would wait for them. The first process answers all until each has had an answer.
+    """
+    word = uuid.uuid4().hex
+    if own_rank > 0:
+        store.set(f"hello {own_rank}", word)
+        word = store.get(f"answer to {word}").decode()
+        store.add(word, 1)
+        return word
+    while store.add(word, 0) < size - 1:
+        for key in (f"hello {other}" for other in range(1, size)):
+            if store.check([key]):
+                store.set(f"answer to {store.get(key).decode()}", word)
+        time.sleep(0.01)
+    return word
 
 
 def leave(status):
@@ -31,6 +57,7 @@ def leave(status):
     if dist.is_initialized():
         if status and rank() > 0:
             time.sleep(1)  # torchrun stops the others when one fails: let the first say why
+        gc.collect()  # a group that a cycle of references keeps would end with the interpreter, and could abort it
         dist.destroy_process_group()
     return status
 

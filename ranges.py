@@ -29,7 +29,7 @@ RANGES = {
     "log_interval": whole(0),
     "save_every": whole(0),
     "img_size": ("a whole number from 1 to 1024", lambda x: 1 <= x <= 1024),
-    "val_split": ("0, a fraction below 1 or a count", lambda x: 0 <= x < 1 or (x < math.inf and x == int(x))),
+    "val_split": ("0, a fraction below 1 or a count", lambda x: 0 <= x < math.inf and (x < 1 or x == int(x))),
     "limit": whole(1),
     "crop_pad": whole(0),
     "reprob": ("between 0 and 1", lambda x: 0 <= x <= 1),
