@@ -11,6 +11,7 @@ import pickle
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -625,7 +626,6 @@ class NoNetwork:
     """Stands for urllib.request.urlopen: records the time limit in force, then fails as a silent host does."""
 
     def __call__(self, *args, **kwargs):
-        import socket
 
         self.timeout = socket.getdefaulttimeout()
         raise TimeoutError("timed out")
@@ -1702,10 +1702,7 @@ def test_mistakes_are_said_once(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_a_process_that_dies_ends_the_run_or_starts_it_anew(restarts, tmp_path):
-    (tmp_path / "dying.py").write_text(f"""
+DYING = f"""
 import os, signal, sys
 sys.path.insert(0, {str(HERE)!r})
 import processes, train
@@ -1717,18 +1714,42 @@ def backward(*args):
     return real(*args)
 train.backward = backward
 sys.exit(train.main())
-""")
-    flags = "--hidden 32 --data shapes --limit 1000 --batch-size 100 --epochs 4 --device cpu --out run".split()
+"""
+TWO = "--hidden 32 --data shapes --limit 1000 --batch-size 100 --epochs 4 --device cpu --out run".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_process_that_dies_ends_the_run_or_starts_it_anew(restarts, tmp_path):
+    (tmp_path / "dying.py").write_text(DYING)
     start = time.perf_counter()
-    done = torchrun(2, "dying.py", *flags, cwd=tmp_path, restarts=restarts)
+    done = torchrun(2, "dying.py", *TWO, cwd=tmp_path, restarts=restarts)
     assert time.perf_counter() - start < 60
     assert "train.py: error: process 0 stops" in done.stderr
     last = checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)
     assert (done.returncode == 0) == bool(restarts) and last["epoch"] == (4 if restarts else 2)
     if restarts:
-        straight = torchrun(2, HERE / "train.py", *flags[:-1], "straight", cwd=tmp_path)
+        straight = torchrun(2, HERE / "train.py", *TWO[:-1], "straight", cwd=tmp_path)
         assert straight.returncode == 0
         assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_machines_start_anew_together(tmp_path):
+    """Two agents of torchrun, as on two machines. Only one of them counts the failure as its own."""
+    (tmp_path / "dying.py").write_text(DYING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = f"--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{port} --local-addr 127.0.0.1 --monitor-interval 0.1"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--max-restarts", "3", *meeting.split()]
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    output = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    agents = [subprocess.Popen([*command, "dying.py", *TWO], cwd=tmp_path, env=env, **output) for _ in range(2)]
+    said = "".join(agent.communicate(timeout=120)[1] for agent in agents)
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert "process 0 stops" in said
+    assert checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)["epoch"] == 4
 
 
 @pytest.mark.slow
