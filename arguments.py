@@ -7,6 +7,7 @@ on; those of the run itself are here. To add a model, name its file and class in
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch
 import checkpoints
 import cnn_cifar10
 import data as datasets
+import devices
 import losses
 import mlp_mnist
 import optimizers
@@ -99,6 +101,11 @@ def parse(argv=None, program="train.py"):
     checkpoint = None
     if chosen.resume:
         checkpoint = processes.once(lambda: checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS))
+    with blame(chosen.resume):
+        return *_parse(argv, program, chosen, checkpoint), checkpoint
+
+
+def _parse(argv, program, chosen, checkpoint):
     resumed = checkpoint["args"] if checkpoint else {}
     model = resumed.get("model", chosen.model)
     model = model if model in MODELS else "mlp"  # the parser refuses what isn't
@@ -132,7 +139,18 @@ def parse(argv=None, program="train.py"):
         shorten_warmup(args, given)
     if not args.eval:
         check(args, given)
-    return args, given, checkpoint
+    return args, given
+
+
+@contextlib.contextmanager
+def blame(path):
+    """What goes wrong in this context is the fault of a checkpoint's content, if one is named: raises ValueError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        if path is None or devices.is_out_of_memory(error):
+            raise
+        raise ValueError(f"{path} holds what no run leaves there: {type(error).__name__}: {error}") from None
 
 
 def shorten_warmup(args, given):
@@ -145,6 +163,12 @@ def refuse_another_run(resumed, given, defaults):
     if resumed.keys() != defaults.keys():
         odd = ", ".join(sorted(resumed.keys() ^ defaults.keys()))
         raise ValueError(f"--resume holds a run of another version of train.py: they differ in {odd}")
+    for name, default in defaults.items():
+        kinds = (type(default), type(resumed[name]))
+        if default is not None and len({*kinds}) > 1 and kinds != (float, int):
+            raise ValueError(
+                f"--resume holds {flag_name(name)} {resumed[name]!r}, which is no {type(default).__name__}"
+            )
     for name in given.keys() - MAY_CHANGE:
         if given[name] != resumed[name]:
             was = f"the one in --resume has {resumed[name]}"

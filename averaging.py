@@ -50,7 +50,7 @@ class Average:
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
-        self.updates = state["updates"]
+        self.updates = int(state["updates"])
 
 
 def _tensors(model):

@@ -9,6 +9,7 @@ A checkpoint is a dict of tensors and plain Python values. Copied alone, this fi
 import contextlib
 import copy
 import io
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 # What every checkpoint of train.py holds. With model and model_args the model can be built again.
 KEYS = dict(model=str, model_args=dict, state_dict=dict, classes=list, image_size=int, channels=int)
 KEYS |= dict(mean=tuple, std=tuple, epoch=int, metrics=dict, args=dict)
+PLAIN = ("model_args", "classes", "mean", "std", "metrics", "args")  # hold names, numbers and lists of them
 # last.pt has these too.
 RESUME_KEYS = KEYS | dict(
     step=int, history=list, seconds=float, seen=torch.Tensor, optimizer=dict, scaler=dict, ema=dict, rng=list
@@ -77,7 +79,12 @@ def load(path, *, keys=KEYS):
         if keys == RESUME_KEYS and not KEYS.keys() & set(wrong):
             wanted = "only a run's last.pt can be resumed"
         raise ValueError(f"{path} is not a checkpoint of this train.py: {wanted}")
-    for name, tensor in content.get("state_dict", {}).items():
+    try:
+        json.dumps([content[name] for name in PLAIN if name in keys])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    state = content.get("state_dict")
+    for name, tensor in state.items() if isinstance(state, dict) else ():
         if not isinstance(tensor, torch.Tensor) or tensor.nbytes > os.path.getsize(path):
             raise ValueError(f"{path} is damaged: {name} in it is no tensor that the file could hold")
         if not tensor.isfinite().all():

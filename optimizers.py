@@ -75,6 +75,7 @@ DEFAULTS = {
     "lbfgs": dict(lr=1.0),
 }
 NO_DECAY = ("rprop", "lbfgs")  # have no weight decay in torch
+SCALARS = ("step", "mu_product")  # in the state of a parameter; all else in it has the parameter's shape
 DECAY = {"weight_decay", "decay_all", "layer_decay", "lr_scale"}  # flags for parameter_groups, not for the optimizer
 
 
@@ -190,6 +191,28 @@ def describe_groups(model, groups):
         count, decaying = (sum(sizes[n] for n, decay in some.items() if decay or all) for all in (True, False))
         lines.append(f"lr {lr:.3g}: {', '.join(whole)} ({count:,} parameters, {decaying:,} with weight decay)")
     return lines
+
+
+def load_state(optimizer, saved):
+    """Put back what state_dict() of an optimizer with the same options gave.
+
+    Raises ValueError for what doesn't fit the parameters. torch looks at the shapes of no tensor, and its fused steps
+    would read beyond one that is smaller than its parameter.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not isinstance(optimizer, torch.optim.LBFGS):  # that has one state for all
+        kinds = set()
+        for i, parameter in enumerate(parameters):
+            state = saved["state"].get(i, {})
+            kinds.add(frozenset((name, type(value)) for name, value in state.items()))
+            for name, value in state.items():
+                wanted = () if name in SCALARS else parameter.shape
+                if isinstance(value, torch.Tensor) and value.shape != wanted:
+                    raise ValueError(f"the optimizer's {name} is {tuple(value.shape)}, expected {tuple(wanted)}")
+        if len(kinds) > 1:
+            raise ValueError("the optimizer's state is not of the same kind for all parameters")
+    optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
 
 
 def step_with_closure(optimizer, gradient, seed):

@@ -975,6 +975,15 @@ def test_resuming_elsewhere_and_for_longer(tiny, capsys):
     assert not Path("longer").exists() and checkpoints.load("moved/last.pt")["epoch"] == 4
 
 
+def test_a_resume_misses_the_best_epoch_at_the_door(tiny, monkeypatch, capsys):
+    scripted(monkeypatch, [0.4, 0.3])
+    assert call(*TINY_MLP, "--epochs", 2, "--out", "run") == 0
+    Path("run/best.pt").unlink()
+    for more in ([], ["--out", "new"]):
+        assert call("--resume", "run/last.pt", "--epochs", 3, *more) == 2
+        assert "run/best.pt doesn't exist" in capsys.readouterr().err and not Path("new").exists()
+
+
 def test_an_early_stop_survives_a_resume(tiny, monkeypatch):
     scripted(monkeypatch, [0.4, 0.3, 0.3])
     flags = [*TINY_MLP, "--epochs", 9, "--warmup-epochs", 0, "--patience", 2]
@@ -1445,7 +1454,7 @@ def test_resume_refuses_what_does_not_fit(tiny, capsys):
         capsys.readouterr()
         assert call("--resume", "run/last.pt") == 2, change
         said = capsys.readouterr().err
-        assert "--resume" in said and len(said.splitlines()) == 1, said
+        assert ("--resume" in said or "run/last.pt" in said) and len(said.splitlines()) == 1, said
 
 
 def spoiled_mnist(root):
@@ -1924,6 +1933,52 @@ def test_random_damage_to_files_ends_in_success_or_in_one_line(tiny, capsys):
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     print(ends)
     assert ends.get(("last.pt", 0), 0) < 20  # a checksum guards it: nearly every change is seen
+
+
+ODD = [None, True, -1, 0, 10**30, 0.5, math.nan, math.inf, "x", "", "vit", "/", b"x", [], [1], {}, {"a": 1}, ()]
+ODD += [torch.zeros(3), torch.tensor(1), torch.zeros(2, 2)]
+
+
+def places(content, *start):
+    """The ways to every value in nested dicts, lists and tuples."""
+    if not isinstance(content, (dict, list, tuple)):
+        return
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield (*start, key)
+        yield from places(value, *start, key)
+
+
+def replaced(content, place, value):
+    """A copy with another value at this place."""
+    if not place:
+        return value
+    copied = dict(content) if isinstance(content, dict) else list(content)
+    copied[place[0]] = replaced(content[place[0]], place[1:], value)
+    return tuple(copied) if isinstance(content, tuple) else copied
+
+
+@pytest.mark.slow
+def test_random_values_in_checkpoints_end_in_success_or_in_one_line(tiny, capsys):
+    assert call(*TINY_MLP, "--epochs", 2, "--ema", 0.9, "--out", "run") == 0
+    good, draw, ends = checkpoints.load("run/last.pt"), random.Random(0), {}
+    for _ in range(300):
+        bad = replaced(good, draw.choice(list(places(good))), draw.choice(ODD))
+        checkpoints.save(bad, "run/bad.pt")
+        ways = (
+            ["--resume", "run/bad.pt", "--epochs", 3],
+            ["--eval", "run/bad.pt"],
+            [*TINY_MLP, "--init", "run/bad.pt"],
+        )
+        for argv in ways:
+            shutil.rmtree("new", ignore_errors=True)
+            capsys.readouterr()
+            with warnings.catch_warnings(action="ignore"):  # torch's, about tensors without elements
+                status = call(*argv, *(["--out", "new"] if "--eval" not in argv else []))
+            said = capsys.readouterr().err
+            assert status in (0, 1, 2) and len(said.splitlines()) == (status > 0), (argv[0], status, said)
+            ends[argv[0], status] = ends.get((argv[0], status), 0) + 1
+    print(ends)
+    assert ends["--resume", 2] > 150
 
 
 # ---------------------------------------------------------------------------------------------- losses, averages, views

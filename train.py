@@ -135,19 +135,22 @@ def restore(resumed, model, average, optimizer, scaler, state, device):
             raise ValueError(f"it holds a {resumed['model']} of {resumed['model_args']}")
         if resumed["seen"].shape != state["seen"].shape:
             raise ValueError(f"an epoch had {len(resumed['seen'])} steps and would have {len(state['seen'])} now")
-        if not all(row.keys() == set(outputs.COLUMNS) for row in resumed["history"]):
-            raise ValueError("its history has other columns")
+        for row in resumed["history"]:
+            if row.keys() != set(outputs.COLUMNS) or not set(map(type, row.values())) <= {int, float}:
+                raise ValueError(f"a row of its history is {row}")
+        if not 0 <= max([row["step"] for row in resumed["history"]], default=0) <= resumed["step"]:
+            raise ValueError(f"its history is ahead of its step {resumed['step']}")
         if average:
             average.load_state_dict(dict(model=resumed["state_dict"], updates=resumed["ema"]["updates"]))
         model.load_state_dict(resumed["ema"]["trained"] if average else resumed["state_dict"])
-        optimizer.load_state_dict(resumed["optimizer"])
+        optimizers.load_state(optimizer, resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
         if processes.rank() == 0:  # it has been added up over the processes
             state["seen"].copy_(resumed["seen"])
         if processes.rank() < len(resumed["rng"]):
             devices.restore_rng(resumed["rng"][processes.rank()], device)
         state |= {name: resumed[name] for name in ("step", "history", "seconds")}
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"--resume can't go on with this file and these images: {str(error)[:200]}") from None
 
 
@@ -480,10 +483,15 @@ def set_up(args, given, resumed):
         before, out = (Path(args.resume).parent, given.get("out")) if resumed else (None, args.out)
         going_on = resumed and (out is None or Path(out).resolve() == before.resolve())
         going_on = going_on or (processes.restarted() and out is not None)
-        default = Path("runs") / f"{args.model}-{data.name}-{args.opt}-{args.sched}"
+        default, best = (
+            Path("runs") / f"{args.model}-{data.name}-{args.opt}-{args.sched}",
+            find_best(args, state["history"]),
+        )
+        # Where the best epoch is the one that last.pt holds, training starts with writing it.
+        kept = checkpoints.load(before / "best.pt") if best and best["step"] < state["step"] else None
         out, log = outputs.claim(before if going_on and resumed else out, default, going_on)
-        if resumed and not going_on and (before / "best.pt").exists():
-            checkpoints.save(checkpoints.load(before / "best.pt"), out / "best.pt")
+        if kept and not going_on:
+            checkpoints.save(kept, out / "best.pt")
         return out
 
     out = processes.once(claim)
@@ -522,7 +530,8 @@ def run_once(args, given, resumed):
     """One run, from its set-up to its result. Returns (result or None, exit status)."""
     training = False
     try:
-        common, more = set_up(args, given, resumed)
+        with arguments.blame(args.resume):
+            common, more = set_up(args, given, resumed)
         training = True
         with processes.caught_signals() as signals:
             history, stopped, status = train(*common, *more, signals)
@@ -530,7 +539,7 @@ def run_once(args, given, resumed):
     except (ValueError, OSError) as error:
         return None, fail(1 if training else 2, error)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        if devices.is_out_of_memory(error):
             sizes = f"--batch-size {args.batch_size}: lower it, or raise --accum (now {args.accum})"
             return None, fail(1 if training else 2, f"out of memory with {sizes}, or make the model smaller")
         if processes.count() > 1:
@@ -568,7 +577,8 @@ def run(argv):
         with processes.quiet():
             args, given, resumed = arguments.parse(argv)
         if args.eval:
-            print_test(args, given)
+            with arguments.blame(args.eval):
+                print_test(args, given)
             return 0
         return run_seeds(args, given) if args.runs > 1 else run_once(args, given, resumed)[1]
     except SystemExit as stop:  # argparse has said why

@@ -92,7 +92,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--data-dir", default="data", help="holds MNIST and cifar10-images (%(default)s)")
-    parser.add_argument("--only", nargs="*", help="these rows alone")
+    parser.add_argument("--only", action="append", metavar="ROW", help="this row alone; repeatable: --only=--tta")
     parser.add_argument("--table", action="store_true", help="print the figures that are there")
     args = parser.parse_args()
     if args.table:
