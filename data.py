@@ -402,6 +402,9 @@ def limit(part, count, seed):
     return images[mask], labels[mask]
 
 
+AT_ONCE = 1024  # images: small batches are augmented several at once, each of them alone would take longer
+
+
 def batches(
     part, batch_size, mean, std, device, *, key=None, first=0, every=1, least=1, share=(0, 1), crop_pad=0, flip=False,
     augment="none", erase=0.0, mixup=0.0, cutmix=0.0, num_classes=None,
@@ -417,21 +420,28 @@ def batches(
     `first` batches are left out, and of the others every so-many-th is taken. With share=(i, n), it's the i-th of n
     parts of every batch, augmented as in the whole; a part can be empty.
     """
-    n = len(part[1])
+    n, edges = len(part[1]), bounds(len(part[1]), batch_size, least)
     order = (torch.arange(n) if key is None else torch.randperm(n, generator=seeded(*key))).to(part[0].device)
     mean, std = (255 * torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
-    for step, (start, end) in list(enumerate(bounds(n, batch_size, least)))[first::every]:
-        x, y = (tensor[order[start:end]].to(device, non_blocking=True) for tensor in part)
-        if key is not None:
-            generator = seeded(*key, step, device=device)
-            x = (distort if augment == "strong" else crop_and_flip)(x, crop_pad, flip, generator)
-        x = (x.float() - mean) / std
-        if erase and key is not None:
-            x = erase_some(x, erase, generator)
+    scale = 1 / std
+    together = 1 if key is None else max(1, AT_ONCE // batch_size)
+    for step in range(first, len(edges), every):
+        if step == first or step % together == 0:
+            group = edges[step - step % together :][:together]
+            chosen = order[group[0][0] : group[-1][1]]
+            x, y = (tensor.index_select(0, chosen).to(device, non_blocking=True) for tensor in part)
+            if key is not None:
+                generator = seeded(*key, step // together, device=device)
+                x = (distort if augment == "strong" else crop_and_flip)(x, crop_pad, flip, generator)
+            x = x.float().sub_(mean).mul_(scale)
+            if erase and key is not None:
+                x = erase_some(x, erase, generator)
+        batch = slice(*(edge - group[0][0] for edge in edges[step]))
+        images, labels = x[batch], y[batch]
         if (mixup or cutmix) and key is not None:
-            x, y = mix(x, y, num_classes, mixup, cutmix, seeded(*key, step, "mix"))
-        own = slice(*(len(y) * i // share[1] for i in (share[0], share[0] + 1)))
-        yield x[own], y[own]
+            images, labels = mix(images, labels, num_classes, mixup, cutmix, seeded(*key, step, "mix"))
+        own = slice(*(len(labels) * i // share[1] for i in (share[0], share[0] + 1)))
+        yield images[own], labels[own]
 
 
 def bounds(n, batch_size, least=1):

@@ -808,8 +808,8 @@ def test_poisoned_test_labels_change_no_training(tiny, monkeypatch):
     assert same(clean["state_dict"], poisoned["state_dict"]) and same(
         weights("clean/best.pt"), weights("poisoned/best.pt")
     )
-    acc = [json.loads(Path(f"{name}/result.json").read_text())["test_acc"] for name in ("clean", "poisoned")]
-    assert acc[0] != acc[1]
+    loss = [json.loads(Path(f"{name}/result.json").read_text())["test_loss"] for name in ("clean", "poisoned")]
+    assert loss[0] != loss[1]
 
 
 def test_the_test_set_is_read_once_with_the_best_weights(tiny, monkeypatch):
@@ -1569,7 +1569,7 @@ EFFECTS = {
     "smoothing": ("", "--smoothing 0.3", "weights"),
     "monitor": ("--epochs 6 --lr 0.1", "--monitor val_loss", "best"),
     "patience": ("--epochs 6 --lr 0.1", "--patience 1", "weights"),
-    "min_delta": ("--epochs 6 --monitor val_loss", "--min-delta 0.5", "best"),
+    "min_delta": ("--epochs 12 --monitor val_loss --val-split 0.5", "--min-delta 0.5", "best"),
     "opt": ("--lr 0.01", "--opt sgd", "weights"),
     "lr": ("", "--lr 0.01", "weights"),
     "weight_decay": ("", "--weight-decay 9", "weights"),
