@@ -75,7 +75,7 @@ def set_up(flags):
 
 def textbook(s, workers):
     """(a): a generator that takes a step each time and yields the number of its images."""
-    model = train.build(s.args, s.data, s.device).to(memory_format=torch.contiguous_format).train()
+    model = train.build(s.args, s.data, s.train_part, s.device).to(memory_format=torch.contiguous_format).train()
     groups = optimizers.parameter_groups(model, weight_decay=s.args.weight_decay, decay_all=s.args.decay_all)
     lr, sgd = s.args.lr, s.args.opt == "sgd"
     optimizer = torch.optim.SGD(groups, lr, s.args.momentum) if sgd else torch.optim.AdamW(groups, lr)
@@ -96,7 +96,10 @@ def textbook(s, workers):
 
 def ours(s, fixed):
     """(b), and with `fixed` (c)."""
-    model, scaler = train.build(s.args, s.data, s.device), torch.amp.GradScaler(enabled=s.precision == "fp16")
+    model, scaler = (
+        train.build(s.args, s.data, s.train_part, s.device),
+        torch.amp.GradScaler(enabled=s.precision == "fp16"),
+    )
     optimizer, loss = train.make_optimizer(s.args, model), train.make_loss(s.args, s.data, s.device, s.precision)
     s.model = model.train()
 

@@ -62,7 +62,8 @@ def set_up(args, given):
     device = devices.choose_device(args.device)
     s = SimpleNamespace(args=args, device=device, precision=devices.choose_precision(args.amp, device))
     s.data, s.train_part, s.val_part = train.load_data(args, given)
-    s.model, s.loss = train.build(args, s.data, device), train.make_loss(args, s.data, device, s.precision)
+    s.model = train.build(args, s.data, s.train_part, device)
+    s.loss = train.make_loss(args, s.data, device, s.precision)
     if args.init:
         finetune.initialise(s.model, arguments.read_init(args.init, args.model), s.data.classes)
     finetune.freeze(s.model, args.freeze)

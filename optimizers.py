@@ -9,6 +9,7 @@ flags of train.py, name it in OPTIMIZERS and give its defaults in DEFAULTS.
 
 import argparse
 import difflib
+import fnmatch
 import inspect
 import math
 
@@ -93,7 +94,14 @@ def add_args(parser):
     flag("--weight-decay", "--wd", type=float, default=0.0, metavar="X", help="(depends on --opt and the model)")
     flag("--decay-all", action="store_true", help="decay biases, norms, tokens and positions too, not matrices alone")
     flag("--layer-decay", type=float, default=1.0, metavar="X", help="rate of a layer / of the next one (%(default)s)")
-    flag("--lr-scale", type=scale, action="append", default=[], metavar="PREFIX=X", help="rate of PREFIX, times X")
+    flag(
+        "--lr-scale",
+        type=scale,
+        action="append",
+        default=[],
+        metavar="PREFIX=X",
+        help="rate of PREFIX, times X (%(default)s)",
+    )
     flag("--momentum", type=float, default=0.0, metavar="X", help="sgd, rmsprop (0.9 for sgd)")
     flag("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="sgd: Nesterov momentum")
     flag("--opt-betas", type=pair, default=(0.9, 0.999), metavar="B,B", help="the adam family (%(default)s)")
@@ -127,8 +135,8 @@ def layers(model):
 
 
 def lies_in(name, prefix):
-    """blocks.1.norm.bias lies in blocks.1 and in blocks, and not in blocks.1.n."""
-    return f"{name}.".startswith(f"{prefix}.")
+    """blocks.1.norm.bias lies in blocks.1 and in blocks, and not in blocks.1.n. It is one of *.norm.bias, too."""
+    return fnmatch.fnmatchcase(f"{name}.", f"{prefix}.*")
 
 
 def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_decay=1.0, lr_scale=()):
@@ -138,8 +146,9 @@ def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_dec
     dimensions, and a model names what else to spare in `no_weight_decay`.
 
     The rate of a layer is lr * layer_decay ** (number of layers above it), see layers(), times the factor of each
-    (prefix, factor) of lr_scale whose prefix its name begins with. It's in "lr", and in "initial_lr" for schedules;
-    without lr, the groups have neither. Raises ValueError for values out of range, and for a prefix of no parameter.
+    (prefix, factor) of lr_scale whose prefix its name begins with, where * stands for anything. It's in "lr", and in
+    "initial_lr" for schedules; without lr, the groups have neither. Raises ValueError for values out of range, and for
+    a prefix without * that no parameter has.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"--layer-decay {layer_decay} must be above 0 and at most 1")
@@ -147,7 +156,7 @@ def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_dec
     for prefix, factor in lr_scale:
         if not 0 < factor < math.inf:
             raise ValueError(f"--lr-scale {prefix}={factor} must be a finite number above 0")
-        if not any(lies_in(name, prefix) for name in layer_of):
+        if "*" not in prefix and not any(lies_in(name, prefix) for name in layer_of):
             known = {".".join(name.split(".")[:k]): None for name in layer_of for k in range(1, name.count(".") + 2)}
             near = difflib.get_close_matches(prefix, known) or [name for name in known if "." not in name]
             raise ValueError(f"--lr-scale {prefix}: no parameter is named so; there are {', '.join(near)}")
@@ -181,13 +190,15 @@ def describe_groups(model, groups):
         names.setdefault(group.get("initial_lr", group["lr"]), {}).update(
             {by_id[id(p)]: group.get("weight_decay", 0) for p in group["params"]}
         )
-    sizes, lines = {name: p.numel() for name, p in model.named_parameters()}, []
+    sizes, lines = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}, []
     for lr, some in sorted(names.items(), reverse=True):
         whole = {}  # the shortest prefixes of which all parameters have this rate
         for name in filter(some.__contains__, sizes):
             parts = name.split(".")
             prefixes = (".".join(parts[:k]) for k in range(1, len(parts) + 1))
             whole[next(p for p in prefixes if all(n in some for n in sizes if lies_in(n, p)))] = None
+        whole = list(whole)
+        whole[3:-2] = ["..."] if len(whole) > 6 else whole[3:-2]
         count, decaying = (sum(sizes[n] for n, decay in some.items() if decay or all) for all in (True, False))
         lines.append(f"lr {lr:.3g}: {', '.join(whole)} ({count:,} parameters, {decaying:,} with weight decay)")
     return lines

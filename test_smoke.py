@@ -175,7 +175,7 @@ def test_parameter_counts():
     assert count(mlp_mnist.MLP(hidden=(256, 128, 64), dropout=0.2, batch_norm=False)) == 242_762
     assert count(mlp_mnist.MLP(hidden=(128,), dropout=0, batch_norm=False)) == 784 * 128 + 128 + 128 * 10 + 10
     assert count(cnn_cifar10.CNN(arch="plain")) == 145_578
-    assert count(cnn_cifar10.CNN()) == 1_973_186
+    assert count(cnn_cifar10.CNN()) == 1_972_802
     args = arguments.parse(["--model", "vit"])[0]
     assert count(vit.build(args, image_size=32, channels=3, num_classes=10)) == 1_802_698
 
@@ -437,6 +437,36 @@ def test_every_optimizer_learns_at_its_own_rate(opt):
             losses.append(gradient()[0].item())
             optimizer.step()
     assert losses[-1] < 0.93 * losses[0], losses[::30]
+
+
+def test_whitening_takes_the_correlation_out():
+    torch.manual_seed(0)
+    images = torch.randn(200, 3, 16, 16).cumsum(2).cumsum(3)
+    model = cnn_cifar10.CNN(image_size=16, widths=(4, 8))
+    model.whiten(images)
+    outputs = model.body[0](images) - model.body[0].bias[:, None, None]
+    outputs = outputs.transpose(0, 1).flatten(1)
+    assert torch.allclose(outputs[:12], -outputs[12:], atol=1e-4)
+    assert torch.allclose(outputs[:12] @ outputs[:12].T / outputs.shape[1], torch.eye(12), atol=0.05)
+    assert not model.body[0].weight.requires_grad and model.body[0].bias.requires_grad
+    plain = cnn_cifar10.CNN(arch="plain", image_size=16)
+    plain.whiten(images)
+    assert all(p.requires_grad for p in plain.parameters())
+
+
+def test_convolutions_start_as_the_identity_of_their_inputs():
+    conv = cnn_cifar10.conv_norm_act(4, 8)["conv"]
+    images = torch.randn(2, 4, 6, 6)
+    assert torch.equal(conv(images)[:, :4], images) and not torch.equal(conv(images)[:, 4:], images)
+
+
+def test_rates_by_pattern():
+    model = cnn_cifar10.CNN(widths=(4, 8))
+    groups = optimizers.parameter_groups(model, weight_decay=0, lr=0.5, lr_scale=[("*.norm.bias", 64.0), ("head", 2)])
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert rate[id(parameter)] == 0.5 * (64 if name.endswith("norm.bias") else 2 if "head" in name else 1), name
+    optimizers.parameter_groups(mlp_mnist.MLP(), weight_decay=0, lr=1, lr_scale=[("*.norm.bias", 64.0)])  # may be empty
 
 
 def test_weight_decay_is_for_matrices():
@@ -2118,7 +2148,7 @@ def test_layer_rates_are_powers_of_the_decay_by_depth_from_the_top():
     assert found["head.weight"] == found["head.bias"] == 1
 
     found = rates(cnn_cifar10.CNN(widths=(4, 8)), layer_decay=0.5)
-    assert found["head.weight"] == 1 and found["body.0.weight"] == found["body.1.bias"] == 0.5**5
+    assert found["head.weight"] == 1 and found["body.0.weight"] == found["body.0.bias"] == 0.5**5
     weights = [rate for name, rate in found.items() if name.startswith("body") and rate and name.endswith("weight")]
     assert weights == sorted(weights) and set(weights) == {0.5**k for k in range(1, 6)}
     assert rates(cnn_cifar10.CNN(arch="plain"), layer_decay=0.1)["body.0.bias"] == pytest.approx(1e-4)
@@ -3032,29 +3062,13 @@ def test_safetensors(tiny, monkeypatch, capsys):
 
 
 def test_frozen_parts_stay_to_the_bit(tiny, capsys):
-    assert (
-        call(
-            *TINY,
-            "--model",
-            "cnn",
-            "--widths",
-            "4,8",
-            "--freeze",
-            "body.0",
-            "--freeze",
-            "body.1",
-            "--wd",
-            1,
-            "--out",
-            "run",
-        )
-        == 0
-    )
+    flags = "--model cnn --widths 4,8 --freeze body.0 --freeze body.2 --wd 1 --out run".split()
+    assert call(*TINY, *flags) == 0
     torch.manual_seed(0)
     before = cnn_cifar10.CNN(widths=(4, 8)).state_dict()
     after = weights("run/last.pt")
     for name in before:  # running statistics of frozen norms, too
-        frozen = name.startswith(("body.0.", "body.1."))
+        frozen = name.startswith(("body.0.bias", "body.2."))  # body.0.weight has been whitened
         assert torch.equal(after[name], before[name]) == frozen, name
     assert call(*TINY, "--model", "vit", "--freeze", "block") == 2
     assert "blocks" in capsys.readouterr().err

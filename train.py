@@ -65,8 +65,8 @@ def load_data(args, given):
     return data, train_part, val_part
 
 
-def build(args, data, device):
-    """A fresh model on the device. Its weights depend on --seed alone."""
+def build(args, data, part, device):
+    """A fresh model on the device. Its weights depend on --seed, and on the training part if it can `whiten`."""
     torch.manual_seed(args.seed)
     _, channels, image_size, _ = data.train[0].shape
     sizes = dict(image_size=image_size, channels=channels, num_classes=len(data.classes))
@@ -74,6 +74,9 @@ def build(args, data, device):
         model = arguments.MODELS[args.model][0].build(args, **sizes)
     except (TypeError, RuntimeError, MemoryError) as error:  # torch's words for sizes that no memory can hold
         raise ValueError(f"--model {args.model} can't be built in these sizes: {str(error)[:100]}") from None
+    if hasattr(model, "whiten"):
+        some = datasets.limit(part, min(512, len(part[1])), args.seed)
+        model.whiten(next(datasets.batches(some, 512, data.mean, data.std, "cpu"))[0])
     # Convolutions are faster with the channels last, matrices don't mind. L-BFGS can't flatten such gradients.
     return model.to(device, memory_format=torch.preserve_format if args.opt == "lbfgs" else torch.channels_last)
 
@@ -451,7 +454,7 @@ def set_up(args, given, resumed):
     precision = devices.choose_precision(args.amp, device)
     data, train_part, val_part = load_data(args, given)
     args.data = "shapes" if args.data in datasets.DOWNLOADS and data.name == "shapes" else args.data
-    model = build(args, data, device)
+    model = build(args, data, train_part, device)
     if processes.rank():
         torch.manual_seed(args.seed + processes.rank())  # dropout of its own
     started = ""
