@@ -423,7 +423,6 @@ def batches(
     n, edges = len(part[1]), bounds(len(part[1]), batch_size, least)
     order = (torch.arange(n) if key is None else torch.randperm(n, generator=seeded(*key))).to(part[0].device)
     mean, std = (255 * torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
-    scale = 1 / std
     together = 1 if key is None else max(1, AT_ONCE // batch_size)
     for step in range(first, len(edges), every):
         if step == first or step % together == 0:
@@ -433,7 +432,7 @@ def batches(
             if key is not None:
                 generator = seeded(*key, step // together, device=device)
                 x = (distort if augment == "strong" else crop_and_flip)(x, crop_pad, flip, generator)
-            x = x.float().sub_(mean).mul_(scale)
+            x = x.float().sub_(mean).mul_(1 / std)
             if erase and key is not None:
                 x = erase_some(x, erase, generator)
         batch = slice(*(edge - group[0][0] for edge in edges[step]))

@@ -301,8 +301,7 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
             save("best.pt")
     # A run that ended inside an epoch and is prolonged: so many steps of it have a row already.
     validated = step % steps_per_epoch if history and history[-1]["step"] == step else 0
-    events = args.tensorboard and processes.rank() == 0
-    write_events = outputs.make_events(out, say) if events else lambda row: None
+    write_events = outputs.make_events(out, say) if args.tensorboard and processes.rank() == 0 else lambda row: None
     began, first_step, drawn = time.perf_counter(), step, time.perf_counter()
 
     while step < total_steps:
