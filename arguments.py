@@ -106,6 +106,7 @@ def parse(argv=None, program="train.py"):
 
 
 def _parse(argv, program, chosen, checkpoint):
+    """What parse() gives, save the checkpoint, which it has loaded."""
     resumed = checkpoint["args"] if checkpoint else {}
     model = resumed.get("model", chosen.model)
     model = model if model in MODELS else "mlp"  # the parser refuses what isn't

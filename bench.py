@@ -96,10 +96,8 @@ def textbook(s, workers):
 
 def ours(s, fixed):
     """(b), and with `fixed` (c)."""
-    model, scaler = (
-        train.build(s.args, s.data, s.train_part, s.device),
-        torch.amp.GradScaler(enabled=s.precision == "fp16"),
-    )
+    model = train.build(s.args, s.data, s.train_part, s.device)
+    scaler = torch.amp.GradScaler(enabled=s.precision == "fp16")
     optimizer, loss = train.make_optimizer(s.args, model), train.make_loss(s.args, s.data, s.device, s.precision)
     s.model = model.train()
 

@@ -485,10 +485,8 @@ def set_up(args, given, resumed):
         before, out = (Path(args.resume).parent, given.get("out")) if resumed else (None, args.out)
         going_on = resumed and (out is None or Path(out).resolve() == before.resolve())
         going_on = going_on or (processes.restarted() and out is not None)
-        default, best = (
-            Path("runs") / f"{args.model}-{data.name}-{args.opt}-{args.sched}",
-            find_best(args, state["history"]),
-        )
+        default = Path("runs") / f"{args.model}-{data.name}-{args.opt}-{args.sched}"
+        best = find_best(args, state["history"])
         # Where the best epoch is the one that last.pt holds, training starts with writing it.
         kept = checkpoints.load(before / "best.pt") if best and best["step"] < state["step"] else None
         out, log = outputs.claim(before if going_on and resumed else out, default, going_on)
