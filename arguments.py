@@ -47,6 +47,7 @@ def make_parser(model, program="train.py"):
     flag("--runs", type=int, default=1, metavar="N", help="repeat with the next seeds, report mean and deviation (1)")
     flag("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is there")
     flag("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision: auto is bf16 where native")
+    flag("--compile", action="store_true", help="torch.compile the model: slower to start, faster then")
     flag("--out", metavar="DIR", help="output folder (runs/<model>-<data>-<opt>-<sched>)")
     flag("--log-interval", type=int, default=0, metavar="N", help="report every N steps too (0: every epoch)")
     flag("--save-every", type=int, default=0, metavar="N", help="write last.pt every N steps too (0: every epoch)")
@@ -134,9 +135,6 @@ def _parse(argv, program, chosen, checkpoint):
             args.sched, args.warmup_epochs = given.get("sched", "none"), given.get("warmup_epochs", 0.0)
         if opt == "lbfgs" and args.amp == "auto":  # its line search needs the digits
             args.amp = "off"
-        args.nesterov = args.nesterov and (
-            args.momentum > 0 or "nesterov" in given
-        )  # a recipe's goes with its momentum
         shorten_warmup(args, given)
     if not args.eval:
         check(args, given)
@@ -196,6 +194,8 @@ def check(args, given):
         ranges.refuse_idle(given, {"minutes", "runs"}, "with --resume")
     if "epochs" in given and "minutes" in given:
         raise ValueError(f"--minutes {args.minutes} and --epochs {args.epochs} are two lengths: leave one out")
+    if args.minutes and args.compile and not args.resume:
+        raise ValueError(f"--minutes {args.minutes} can't foresee how long --compile takes: give --epochs")
     if processes.count() > 1:
         ranges.refuse_idle(given, {"runs", "minutes"}, f"in {processes.count()} processes")
     losses.parse(args.loss)

@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import arguments
-import data as datasets
 import devices
 import optimizers
 import outputs
@@ -69,7 +68,7 @@ def set_up(flags):
     s = SimpleNamespace(args=args, device=devices.choose_device(args.device))
     s.precision = devices.choose_precision(args.amp, s.device)
     s.data, part, s.val_part = train.load_data(args, given)
-    s.train_part = datasets.place(part, s.device)
+    s.train_part = devices.place(part, s.device)
     return s
 
 

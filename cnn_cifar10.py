@@ -22,15 +22,14 @@ from torch import nn
 RECIPE = dict(
     data="cifar10",
     epochs=10,
-    batch_size=256,
-    opt="sgd",
-    lr=0.1,
-    nesterov=True,
-    lr_scale=[("*.norm.bias", 64.0)],
-    weight_decay=5e-4,
+    batch_size=512,
+    opt="muon",
+    lr=0.02,
+    momentum=0.95,
+    weight_decay=0.05,
     sched="onecycle",
-    smoothing=0.1,
-    crop_pad=4,
+    smoothing=0.2,
+    crop_pad=2,
     flip=True,
 )
 

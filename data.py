@@ -386,13 +386,6 @@ def split(part, held_out, seed):
     return (images[~mask], labels[~mask]), (images[mask], labels[mask])
 
 
-def place(part, device):
-    """(images, labels) on the device, or as they are if they would fill more than half of its free memory."""
-    if device.type == "cuda" and part[0].nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return part
-    return tuple(tensor.to(device) for tensor in part)
-
-
 def limit(part, count, seed):
     """`count` of the images of a part, each class in its proportion. Raises ValueError if there are fewer."""
     images, labels = part
@@ -412,9 +405,10 @@ def batches(
     """Yield (images, labels) on the device: float32 (b, channels, size, size), normalised, and int64 (b,).
 
     With key=(seed, epoch), the order is random and images are augmented, both depending on the key alone: each image is
-    shifted by up to crop_pad pixels either way (the border is mirrored) and, with flip, mirrored half of the time;
-    augment="strong" adds distort(), `erase` is the share of images for erase_some(). With mixup or cutmix above 0 (the
-    alpha of their Beta distribution) and num_classes, the labels are those of mix(), float32 (b, num_classes).
+    shifted by up to crop_pad pixels either way (the border is mirrored) and, with flip, mirrored in every second epoch,
+    a random half in the first (arXiv:2404.00498). augment="strong" adds distort(), `erase` is the share of images for
+    erase_some(). With mixup or cutmix above 0 (the alpha of their Beta distribution) and num_classes, the labels are
+    those of mix(), float32 (b, num_classes).
 
     Without a key the images come as they are. The last batch is smaller when batch_size doesn't divide, see `bounds`.
     `first` batches are left out, and of the others every so-many-th is taken. With share=(i, n), it's the i-th of n
@@ -422,6 +416,8 @@ def batches(
     """
     n, edges = len(part[1]), bounds(len(part[1]), batch_size, least)
     order = (torch.arange(n) if key is None else torch.randperm(n, generator=seeded(*key))).to(part[0].device)
+    if flip and key is not None:
+        mirrored = ((torch.rand(n, generator=seeded(key[0], "flip")) < 0.5) ^ bool(key[1] % 2)).to(order.device)
     mean, std = (255 * torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
     together = 1 if key is None else max(1, AT_ONCE // batch_size)
     for step in range(first, len(edges), every):
@@ -431,7 +427,8 @@ def batches(
             x, y = (tensor.index_select(0, chosen).to(device, non_blocking=True) for tensor in part)
             if key is not None:
                 generator = seeded(*key, step // together, device=device)
-                x = (distort if augment == "strong" else crop_and_flip)(x, crop_pad, flip, generator)
+                sides = mirrored[chosen].to(device) if flip else None
+                x = (distort if augment == "strong" else crop_and_flip)(x, crop_pad, sides, generator)
             x = x.float().sub_(mean).mul_(1 / std)
             if erase and key is not None:
                 x = erase_some(x, erase, generator)
@@ -451,10 +448,10 @@ def bounds(n, batch_size, least=1):
     return list(zip(starts, [*starts[1:], n], strict=False))
 
 
-def crop_and_flip(images, pad, flip, generator):
-    """Shift every image by up to `pad` pixels, mirrored at the border, and mirror half of them: one gather.
+def crop_and_flip(images, pad, mirrored, generator):
+    """Shift every image by up to `pad` pixels, mirrored at the border, and mirror some whole: one gather.
 
-    (b, channels, size, size) -> the same shape and dtype.
+    (b, channels, size, size) -> the same shape and dtype. `mirrored` is a boolean (b,), or None for none.
     """
     b, channels, height, width = images.shape
     if pad >= min(height, width):
@@ -466,18 +463,17 @@ def crop_and_flip(images, pad, flip, generator):
         return size - 1 - (size - 1 - place).abs()
 
     rows, columns = places(height), places(width)
-    if flip:
-        mirrored = torch.rand(b, 1, generator=generator, device=images.device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
+    if mirrored is not None:
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     index = (rows[:, :, None] * width + columns[:, None, :]).view(b, 1, -1).expand(-1, channels, -1)
     return images.flatten(2).gather(2, index).view(images.shape)
 
 
-def distort(images, shift, flip, generator):
-    """Turn, shear, scale, shift and, with flip, mirror every image by random amounts: one interpolation for all.
+def distort(images, shift, mirrored, generator):
+    """Turn, shear, scale and shift every image by random amounts, and mirror some: one interpolation for all.
 
-    uint8 (b, channels, size, size) -> float32, 0..255. `shift` is in pixels either way. Images of one channel, such
-    as digits, are bent besides; coloured ones get another brightness, contrast and saturation.
+    uint8 (b, channels, size, size) -> float32, 0..255. `shift` is in pixels either way, `mirrored` as above. Images of
+    one channel, such as digits, are bent besides; coloured ones get another brightness, contrast and saturation.
     """
     b, channels, size, _ = images.shape
 
@@ -485,7 +481,7 @@ def distort(images, shift, flip, generator):
         return limit * (2 * torch.rand(b, generator=generator, device=images.device) - 1)
 
     angle, shear, zoom = amount(math.radians(12)), amount(math.tan(math.radians(10))), 1.15 ** amount(1)
-    sign = 1 - 2 * (amount(1) < 0).float() if flip else torch.ones_like(zoom)
+    sign = torch.ones_like(zoom) if mirrored is None else 1 - 2 * mirrored.float()
     cos, sin, x, y = angle.cos() / zoom, angle.sin() / zoom, amount(2 * shift / size), amount(2 * shift / size)
     matrix = torch.stack([cos * sign, cos * shear - sin, x, sin * sign, sin * shear + cos, y], 1).view(b, 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)  # in it the image is 2 wide
@@ -537,7 +533,7 @@ def mix(images, labels, num_classes, mixup, cutmix, generator):
     own = (gammas[0] / gammas.sum(0)).float()[:, None, None, None]
     if cut:
         own = (~rectangles(1 - own.flatten(), torch.ones(len(own)), *images.shape[2:], generator)).float()
-    own, hot = own.to(images.device), F.one_hot(labels, num_classes).float()
+    own, hot = own.to(images.device, non_blocking=True), F.one_hot(labels, num_classes).float()
     return torch.lerp(images.roll(1, 0), images, own), torch.lerp(hot.roll(1, 0), hot, own.mean((1, 2, 3))[:, None])
 
 
@@ -562,7 +558,7 @@ def add_args(parser):
     flag("--data-dir", default="data", metavar="DIR", help="where datasets and caches lie (%(default)s)")
     flag("--img-size", type=int, metavar="N", help="scale a folder's images to N x N (as the first, at most 64)")
     flag("--crop-pad", type=int, default=0, metavar="N", help="shift images by up to N pixels (%(default)s)")
-    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of them (%(default)s)")
+    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror images in turn (%(default)s)")
     flag("--augment", choices=["none", "strong"], default="none", help="strong: turn, bend, recolour (%(default)s)")
     flag("--reprob", type=float, default=0.0, metavar="P", help="erase a rectangle of that share of them (%(default)s)")
     flag("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of images; 0: don't (%(default)s)")
@@ -579,7 +575,7 @@ def show(data, path, **options):
     picture = Image.new("RGB", (110 + 8 * 102, len(rows) * 116), "white")
     draw = ImageDraw.Draw(picture)
     for row, chosen in enumerate(rows):
-        x, y = next(batches(some, 8, data.mean, data.std, "cpu", key=(0,), num_classes=len(data.classes), **chosen))
+        x, y = next(batches(some, 8, data.mean, data.std, "cpu", key=(0, 0), num_classes=len(data.classes), **chosen))
         name = "\n".join(f"{k} {v}" for k, v in chosen.items()) or "as they are"
         draw.text((4, 116 * row + 4), name, "black")
         for column, (image, label) in enumerate(zip(x * std + mean, y, strict=True)):

@@ -39,6 +39,13 @@ def autocast(device, precision):
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
+def place(part, device):
+    """A tuple of tensors on the device, or as they are if the first would fill more than half of its free memory."""
+    if device.type == "cuda" and part[0].nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return part
+    return tuple(tensor.to(device) for tensor in part)
+
+
 def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -111,3 +111,12 @@ def swing(values):
     """By how much, on average, a value lies above both of its neighbours or below both (0: it lies between)."""
     steps = [b - a for a, b in pairwise(values)]
     return sum(min(abs(a), abs(b)) for a, b in pairwise(steps) if a * b < 0) / max(1, len(steps) - 1)
+
+
+def not_finite(rows):
+    """The place in rows of (loss, right, norm) of the first that isn't finite, and what it is; or None."""
+    for place, (loss, _, norm) in enumerate(rows):
+        if not math.isfinite(loss):
+            return place, f"the training loss is {loss}"
+        if not math.isfinite(norm):
+            return place, f"the gradient's norm is {norm}"

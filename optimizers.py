@@ -55,13 +55,67 @@ def rprop(groups, *, lr):
     return torch.optim.Rprop(groups, lr)
 
 
+def muon(groups, *, lr, momentum, opt_betas):
+    """For the hidden layers' matrices and filters Muon, for all else AdamW at the same rate."""
+    return Muon(groups, lr=lr, betas=opt_betas, momentum=momentum)
+
+
 def lbfgs(groups, *, lr):
     """Quasi-Newton with a line search; needs step(closure), and knows one group of parameters and no weight decay."""
     parameters = [p for group in groups for p in group["params"]]
     return torch.optim.LBFGS(parameters, lr, max_iter=5, history_size=10, line_search_fn="strong_wolfe")
 
 
-OPTIMIZERS = {f.__name__: f for f in (sgd, adam, adamw, nadam, radam, rmsprop, adagrad, adadelta, rprop, lbfgs)}
+class Muon(torch.optim.AdamW):
+    """Momentum with its directions made equally long (https://kellerjordan.github.io/posts/muon/), decoupled decay.
+
+    It works on the groups marked "hidden"; the others get AdamW. A filter is a matrix with a row per output. The factor
+    0.2 * sqrt(longer side) makes the numbers of an update as large as AdamW's, so that both take the same rate
+    (arXiv:2502.16982).
+    """
+
+    def __init__(self, groups, *, lr, betas, momentum):
+        super().__init__(groups, lr, betas, fused=True)
+        self._step_supports_amp_scaling = False  # what a fused AdamW says of itself; a GradScaler must unscale for Muon
+        for group in self.param_groups:
+            group.setdefault("hidden", False)
+            group["momentum"] = momentum
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = {}
+            for p in group["params"] if group["hidden"] else ():
+                if p.grad is not None:
+                    alike.setdefault((len(p), p[0].numel()), []).append(p)
+            for (rows, columns), params in alike.items():
+                for p in params:
+                    if not self.state[p]:  # "step" isn't read here: AdamW looks for one in what it loads
+                        self.state[p].update(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))
+                momenta, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
+                updates = orthogonal(torch.stack([x.reshape(rows, columns) for x in ahead]))
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                steps = [update.view(p.shape).to(p.dtype) for update, p in zip(updates, params, strict=True)]
+                torch._foreach_add_(params, steps, alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
+                for p in params:
+                    p.grad = None  # AdamW passes over it
+        super().step()
+
+
+def orthogonal(matrices, steps=5):
+    """(k, rows, columns) -> the same with singular values of about 1, in bf16: five steps of Newton and Schulz."""
+    x = matrices.bfloat16()
+    x = x.mT if x.shape[1] > x.shape[2] else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+
+
+OPTIMIZERS = {f.__name__: f for f in (sgd, adam, adamw, nadam, radam, rmsprop, adagrad, adadelta, rprop, muon, lbfgs)}
 # What a flag is worth when neither the user nor a model's RECIPE says it.
 DEFAULTS = {
     "sgd": dict(lr=0.1, weight_decay=5e-4, momentum=0.9),
@@ -73,6 +127,7 @@ DEFAULTS = {
     "adagrad": dict(lr=0.01),
     "adadelta": dict(lr=1.0),
     "rprop": dict(lr=1e-3),
+    "muon": dict(lr=2e-3, weight_decay=0.05, momentum=0.95),
     "lbfgs": dict(lr=1.0),
 }
 NO_DECAY = ("rprop", "lbfgs")  # have no weight decay in torch
@@ -139,7 +194,7 @@ def lies_in(name, prefix):
     return fnmatch.fnmatchcase(f"{name}.", f"{prefix}.*")
 
 
-def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_decay=1.0, lr_scale=()):
+def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_decay=1.0, lr_scale=(), hidden=False):
     """Groups for an optimizer. Every parameter of the model is in one of them, save those that are frozen.
 
     Matrices and filters decay, and the rest only with decay_all: biases and norms are told by their number of
@@ -171,13 +226,15 @@ def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_dec
         decays = decay_all or (parameter.ndim >= 2 and name not in spared)
         rate = layer_decay ** (top - layer_of[name])
         rate *= math.prod(factor for prefix, factor in lr_scale if lies_in(name, prefix))
-        groups.setdefault((decays, rate), []).append(parameter)
+        inner = hidden and parameter.ndim >= 2 and name not in spared and 0 < layer_of[name] < top
+        groups.setdefault((decays, rate, inner), []).append(parameter)
     grouped = [id(parameter) for params in groups.values() for parameter in params]
     trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
     assert sorted(grouped) == sorted(trained), "a parameter is not in exactly one group"
-    rates = [{} if lr is None else dict(lr=lr * rate, initial_lr=lr * rate) for _, rate in groups]
-    decay = [dict(weight_decay=weight_decay * decays) for decays, _ in groups]
-    return [dict(params=p) | d | r for p, d, r in zip(groups.values(), decay, rates, strict=True)]
+    rates = [{} if lr is None else dict(lr=lr * rate, initial_lr=lr * rate) for _, rate, _ in groups]
+    decay = [dict(weight_decay=weight_decay * decays) for decays, _, _ in groups]
+    marks = [dict(hidden=True) if inner else {} for _, _, inner in groups]
+    return [dict(params=p) | d | r | m for p, d, r, m in zip(groups.values(), decay, rates, marks, strict=True)]
 
 
 def describe_groups(model, groups):
@@ -211,17 +268,17 @@ def load_state(optimizer, saved):
     would read beyond one that is smaller than its parameter.
     """
     groups = optimizer.state_dict()["param_groups"]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [(p, group.get("hidden")) for group in optimizer.param_groups for p in group["params"]]
     if not isinstance(optimizer, torch.optim.LBFGS):  # that has one state for all
-        kinds = set()
-        for i, parameter in enumerate(parameters):
+        kinds = {}
+        for i, (parameter, hidden) in enumerate(parameters):
             state = saved["state"].get(i, {})
-            kinds.add(frozenset((name, type(value)) for name, value in state.items()))
+            kinds.setdefault(hidden, set()).add(frozenset((name, type(value)) for name, value in state.items()))
             for name, value in state.items():
                 wanted = () if name in SCALARS else parameter.shape
                 if isinstance(value, torch.Tensor) and value.shape != wanted:
                     raise ValueError(f"the optimizer's {name} is {tuple(value.shape)}, expected {tuple(wanted)}")
-        if len(kinds) > 1:
+        if any(len(kind) > 1 for kind in kinds.values()):
             raise ValueError("the optimizer's state is not of the same kind for all parameters")
     optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
 

@@ -1,5 +1,7 @@
 """The tests: offline, on the CPU, in about a minute.   pytest test_smoke.py"""
 
+import contextlib
+import copy
 import csv
 import gzip
 import hashlib
@@ -24,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from einops import repeat
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import arguments
 import averaging
+import bench
 import checkpoints
 import cnn_cifar10
 import data as datasets
@@ -58,6 +62,7 @@ def models():
         "cnn": cnn_cifar10.CNN(widths=(16, 32, 32)),
         "cnn plain": cnn_cifar10.CNN(arch="plain"),
         "vit mean": vit.ViT(**VIT, pool="mean"),
+        "vit conv": vit.ViT(**VIT, pool="mean", stem="conv"),
         "vit cls": vit.ViT(**VIT, pool="cls", dropout=0.1, emb_dropout=0.1, drop_path=0.1),
     }
 
@@ -402,12 +407,52 @@ def test_every_optimizer_with_every_schedule(opt, tiny):
         assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
 
 
-def test_a_recipe_can_lose_its_momentum():
-    """The CNN's has Nesterov momentum, which can't be without any."""
-    assert not arguments.parse(["--model", "cnn", "--momentum", "0"])[0].nesterov
-    assert not arguments.parse(["--model", "cnn", "--no-nesterov"])[0].nesterov
-    with pytest.raises(ValueError, match="--nesterov needs"):
-        arguments.parse(["--model", "cnn", "--momentum", "0", "--nesterov"])
+def test_compile_changes_no_name_and_no_number(tiny, monkeypatch, capsys):
+    """With a compiler that leaves everything as it is; the true one needs a C++ compiler and half a minute."""
+    compile_model = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_model(model, backend="eager"))
+    assert call(*TINY_MLP, "--out", "plain") == 0 and call(*TINY_MLP, "--out", "compiled", "--compile") == 0
+    plain, compiled = (checkpoints.load(f"{name}/best.pt") for name in ("plain", "compiled"))
+    assert same(plain["state_dict"], compiled["state_dict"]) and "compiled\n" in capsys.readouterr().out
+
+    def broken(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_model(model, backend=broken))
+    assert call(*TINY_MLP, "--compile") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--compile" in line and "leave it out" in line
+
+
+class ReadsNothing(TorchDispatchMode):
+    """Refuses what makes the host wait for the device: a number that is read from a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--model mlp --data shapes --hidden 8",
+        "--model cnn --data shapes --widths 4,8",
+        "--model vit --data shapes --dim 16 --depth 1 --heads 2 --drop-path 0.1 --augment strong --reprob 0.5",
+    ],
+)
+def test_no_step_waits_for_the_device(device, flags):
+    steps = bench.ours(bench.set_up([*flags.split(), "--device", device]), False)
+    next(steps)
+    with contextlib.ExitStack() as watch:
+        watch.enter_context(ReadsNothing())
+        if device == "cuda":  # torch sees other waits there, too
+            torch.cuda.set_sync_debug_mode("error")
+            watch.callback(torch.cuda.set_sync_debug_mode, "default")
+        for _ in range(3):
+            next(steps)
+    with pytest.raises(AssertionError), ReadsNothing():
+        torch.ones(1).item()
 
 
 def test_lbfgs_with_convolutions(tiny):
@@ -496,6 +541,45 @@ def test_adam_couples_weight_decay_and_adamw_does_not():
     assert after["adam"] == pytest.approx(5 - 0.01)
 
 
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (16, 16)])
+def test_orthogonal_makes_singular_values_alike(shape):
+    torch.manual_seed(0)
+    result = optimizers.orthogonal(torch.randn(3, *shape)).float()
+    assert result.shape == (3, *shape)
+    values = torch.linalg.svdvals(result)
+    assert 0.5 < values.min() and values.max() < 1.4
+
+
+def test_muon_is_for_hidden_matrices_and_adamw_for_the_rest():
+    torch.manual_seed(0)
+    model = cnn_cifar10.CNN(image_size=8, widths=(8, 16)).to(memory_format=torch.channels_last)
+    parts = [parameter for _, parameter in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters()]
+    options = dict(lr=0.01, weight_decay=0.5)
+    optimizer = optimizers.muon(
+        optimizers.parameter_groups(model, **options, hidden=True), lr=0.01, momentum=0.9, opt_betas=(0.9, 0.99)
+    )
+    marked = {id(p) for group in optimizer.param_groups if group["hidden"] for p in group["params"]}
+    assert {n for n, p in zip(names, parts, strict=True) if id(p) in marked} == {
+        n for n in names if n.endswith("conv.weight")
+    }
+    twin = copy.deepcopy(model)
+    adamw = torch.optim.AdamW(optimizers.parameter_groups(twin, **options), 0.01, (0.9, 0.99), fused=True)
+    before = [parameter.detach().clone() for parameter in parts]
+    for pair in zip(parts, twin.parameters(), strict=True):
+        pair[0].grad = torch.randn_like(pair[0])
+        pair[1].grad = pair[0].grad.clone()
+    optimizer.step()
+    adamw.step()
+    for old, new, other in zip(before, parts, twin.parameters(), strict=True):
+        if id(new) in marked:
+            moved = (new - 0.995 * old).flatten(1)
+            values = torch.linalg.svdvals(moved) / (0.01 * 0.2 * max(moved.shape) ** 0.5)
+            assert 0.5 < values.min() and values.max() < 1.4
+        else:
+            assert torch.equal(new, other)
+
+
 def test_pieces_add_up_to_the_batch():
     model = mlp_mnist.MLP(hidden=(16,), batch_norm=False, dropout=0)
     images, labels = images_for(model, 23), torch.arange(23) % 10
@@ -555,15 +639,30 @@ def test_split_refuses(held_out):
 def test_crops_stay_inside_and_flips_are_exact():
     # Every pixel says where it is, so that a crop tells its own offset.
     place = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(500, 2, 8, 8)
-    assert torch.equal(datasets.crop_and_flip(place, 0, False, datasets.seeded(0)), place)
-    flipped = datasets.crop_and_flip(place, 0, True, datasets.seeded(0))
-    mirrored = (flipped != place).flatten(1).any(1)
-    assert torch.equal(flipped[mirrored], place[mirrored].flip(3)) and 200 < mirrored.sum() < 300
+    assert torch.equal(datasets.crop_and_flip(place, 0, None, datasets.seeded(0)), place)
+    mirrored = torch.arange(500) % 3 == 0
+    flipped = datasets.crop_and_flip(place, 0, mirrored, datasets.seeded(0))
+    assert torch.equal(flipped[mirrored], place[mirrored].flip(3)) and torch.equal(flipped[~mirrored], place[~mirrored])
     padded = F.pad(place.float(), (3, 3, 3, 3), mode="reflect").byte()
     windows = {padded[0, 0, y : y + 8, x : x + 8].numpy().tobytes() for y in range(7) for x in range(7)}
-    crops = datasets.crop_and_flip(place, 3, False, datasets.seeded(0))
+    crops = datasets.crop_and_flip(place, 3, None, datasets.seeded(0))
     assert torch.equal(crops[:, 0], crops[:, 1])
     assert {crop.numpy().tobytes() for crop in crops[:, 0]} == windows  # nothing else, and each of the 49
+
+
+@pytest.mark.parametrize("augment", ["none", "strong"])
+def test_two_epochs_show_both_sides_of_every_image(augment):
+    part = torch.zeros(300, 1, 8, 8, dtype=torch.uint8), torch.arange(300)
+    part[0][..., :3] = 200
+
+    def mirrored(epoch):
+        key = dict(key=(7, epoch), flip=True, augment=augment)
+        images, labels = next(datasets.batches(part, 300, (0.5,), (0.5,), "cpu", **key))
+        return (images[..., 4:].mean((1, 2, 3)) > images[..., :4].mean((1, 2, 3)))[labels.argsort()]
+
+    first = mirrored(0)
+    assert 100 < first.sum() < 200
+    assert torch.equal(mirrored(1), ~first) and torch.equal(mirrored(2), first)
 
 
 def test_order_depends_on_seed_and_epoch_alone():
@@ -695,7 +794,7 @@ def test_fallback_to_shapes_is_said_and_named(tiny, no_network, capsys):
     assert call("--model", "cnn", "--widths", "4,8", "--epochs", 1, "--batch-size", 64) == 0
     said = capsys.readouterr().out
     assert "cifar10 is not in data" in said and "cifar-10-python.tar.gz" in said and "shapes" in said
-    result = json.loads(Path("runs/cnn-shapes-sgd-onecycle/result.json").read_text())
+    result = json.loads(Path("runs/cnn-shapes-muon-onecycle/result.json").read_text())
     assert result["data"] == "shapes" and result["args"]["data"] == "shapes"
     assert call("--model", "cnn", "--data", "cifar10") == 2  # asked for by name, it's an error
 
@@ -941,7 +1040,12 @@ def assert_same_run(a, b):
 
 @pytest.mark.parametrize(
     "flags, steps",
-    [("", range(1, 9)), ("--opt sgd --sched plateau --dropout 0.5", (3, 4)), ("--opt lbfgs --sched restarts", (3, 9))],
+    [
+        ("", range(1, 9)),
+        ("--opt sgd --sched plateau --dropout 0.5", (3, 4)),
+        ("--opt lbfgs --sched restarts", (3, 9)),
+        ("--opt muon --hidden 8,8,8", (3,)),
+    ],
 )
 def test_resuming_gives_the_same_bits(flags, steps, tiny, monkeypatch):
     flags = [*TINY_MLP, "--epochs", 4, *flags.split()]
@@ -1634,6 +1738,7 @@ EFFECTS = {
     "pool": ("{vit}", "--pool cls", "weights"),
     "emb_dropout": ("{vit}", "--emb-dropout 0.5", "weights"),
     "drop_path": ("{vit} --depth 2", "--drop-path 0.5", "weights"),
+    "stem": ("{vit}", "--stem conv", "weights"),
     "qkv_bias": ("{vit}", "--qkv-bias", "weights"),
     "norm_eps": ("{vit}", "--norm-eps 0.1", "weights"),
     "init": ("", "--init nowhere.pt", "status"),
@@ -1652,6 +1757,7 @@ EFFECTS = {
     "distill": ("--teacher teacher.pt", "--distill 2", "weights"),
     "temperature": ("--epochs 2 --teacher teacher.pt", "--temperature 9", "weights"),
     "ema": ("", "--ema 0.9", "weights"),
+    "compile": ("", "--compile", "compiled"),
 }
 
 
@@ -1662,12 +1768,14 @@ def test_no_dead_flag(tiny, monkeypatch, capsys):
     write_folder(tiny / "pets", (16, 16), train_count=70)
     base = "--model mlp --hidden 16 --data shapes --epochs 1 --batch-size 64"
     small_vit = "--model vit --patch-size 16 --dim 16 --depth 1 --heads 2 --mlp-dim 16"
-    ran, saved, save = {}, [], checkpoints.save
+    ran, saved, save, compiled = {}, [], checkpoints.save, []
     monkeypatch.setattr(checkpoints, "save", lambda content, path: (saved.append(path), save(content, path)))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
 
     def observe(line):
         if line not in ran:
             saved.clear()
+            compiled.clear()
             shutil.rmtree("runs", ignore_errors=True)
             words = line.split()
             if "--model cnn" in line or "--model vit" in line:
@@ -1680,7 +1788,7 @@ def test_no_dead_flag(tiny, monkeypatch, capsys):
             if out and (out / "last.pt").exists():
                 last, best = (checkpoints.load(out / name) for name in ("last.pt", "best.pt"))
                 seen |= dict(weights=dict(last["state_dict"]), best=best["epoch"], val_loss=last["metrics"]["val_loss"])
-            seen |= dict(saves=len(saved))
+            seen |= dict(saves=len(saved), compiled=len(compiled))
             ran[line] = seen
         return ran[line]
 
@@ -2197,24 +2305,24 @@ def digits(count=64, size=28):
 
 def test_distort_moves_every_image_alone_and_keeps_it():
     images = digits(200)
-    out = datasets.distort(images, 2, False, datasets.seeded(0))
+    out = datasets.distort(images, 2, None, datasets.seeded(0))
     assert out.shape == images.shape and out.dtype == torch.float32 and 0 <= out.min() and out.max() < 200.01
     assert len({image.numpy().tobytes() for image in out}) == 200
     area = (out > 100).float().sum((1, 2, 3)) / (images[0] > 100).sum()
     assert 0.5 < area.min() and area.max() < 2 and 0.9 < area.mean() < 1.1
     middle = (out.sum(2) * torch.arange(28)).sum((1, 2)) / out.sum((1, 2, 3))  # the centre's column
     assert middle.mean().item() == pytest.approx(13.5, abs=0.3) and 0.8 < middle.std() < 2
-    assert torch.equal(out, datasets.distort(images, 2, False, datasets.seeded(0)))
+    assert torch.equal(out, datasets.distort(images, 2, None, datasets.seeded(0)))
 
 
-def test_distort_mirrors_half_and_recolours():
+def test_distort_mirrors_and_recolours():
     left = torch.full((400, 3, 32, 32), 100, dtype=torch.uint8)
     left[..., :16] = 150
     left[:, 0] //= 2
-    out = datasets.distort(left, 0, True, datasets.seeded(0))
-    mirrored = out[..., :8].mean((1, 2, 3)) < out[..., -8:].mean((1, 2, 3))
-    assert 150 < mirrored.sum() < 250
-    assert not (datasets.distort(left, 0, False, datasets.seeded(0))[..., :8].mean() < 90)
+    mirrored = torch.arange(400) % 3 == 0
+    out = datasets.distort(left, 0, mirrored, datasets.seeded(0))
+    assert torch.equal(out[..., :8].mean((1, 2, 3)) < out[..., -8:].mean((1, 2, 3)), mirrored)
+    assert not (datasets.distort(left, 0, None, datasets.seeded(0))[..., :8].mean() < 90)
     brightness = out.mean((1, 2, 3)) / left.float().mean()
     assert 0.65 < brightness.min() < 0.8 and 1.2 < brightness.max() < 1.35
     colour = (out[:, 1] - out[:, 0]).mean((1, 2))  # 62.5 as it is

@@ -96,7 +96,8 @@ def load_for(checkpoint, name, data_dir):
 
 def make_optimizer(args, model):
     rates = {} if args.opt == "lbfgs" else dict(lr=args.lr, layer_decay=args.layer_decay, lr_scale=args.lr_scale)
-    groups = optimizers.parameter_groups(model, weight_decay=args.weight_decay, decay_all=args.decay_all, **rates)
+    decay = dict(weight_decay=args.weight_decay, decay_all=args.decay_all)
+    groups = optimizers.parameter_groups(model, **decay, **rates, hidden=args.opt == "muon")
     own = optimizers.options_of(args.opt) - optimizers.DECAY
     optimizer = optimizers.OPTIMIZERS[args.opt](groups, **{name: getattr(args, name) for name in own})
     for group in optimizer.param_groups:
@@ -196,15 +197,6 @@ def backward(net, images, labels, size, loss, args, precision, scaler, optimizer
         if not scaler.is_enabled():  # else it's now and then infinite by design, and the step is left out
             result[2] = norm / processes.count()
     return result
-
-
-def not_finite(rows):
-    """The place in rows of (loss, right, norm) of the first that isn't finite, and what it is; or None."""
-    for place, (loss, _, norm) in enumerate(rows):
-        if not math.isfinite(loss):
-            return place, f"the training loss is {loss}"
-        if not math.isfinite(norm):
-            return place, f"the gradient's norm is {norm}"
 
 
 def evaluate(model, part, data, device, precision, *, loss="ce", tta=False, flip=False):
@@ -336,7 +328,7 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
                 continue
             rows = processes.add_up(seen[:done].clone()).tolist()  # waits for the device, so that the clock is right
             seconds += time.perf_counter() - start
-            if problem := not_finite(rows):
+            if problem := early_stopping.not_finite(rows):
                 at = step - done + problem[0]
                 say(f"{problem[1]} at step {at + 1:,}, learning rate {args.lr * rate(at):.3g}: {NOT_FINITE}")
                 return history, "non-finite loss", 1
@@ -472,7 +464,7 @@ def set_up(args, given, resumed):
     state = dict(step=0, history=[], seconds=0.0, seen=torch.zeros(steps, 3, device=device))  # as last.pt holds them
     if resumed:
         restore(resumed, model, average, optimizer, scaler, state, device)
-    parts = [datasets.place(part, device) for part in (train_part, val_part)]
+    parts = [devices.place(part, device) for part in (train_part, val_part)]
     if args.minutes and not resumed:
         args.epochs = epochs_within(args, data, model, device, precision, parts, loss)
         arguments.shorten_warmup(args, given)
@@ -495,9 +487,12 @@ def set_up(args, given, resumed):
         return out
 
     out = processes.once(claim)
+    if args.compile:
+        model.compile()  # in place: the names of its weights stay
     say = outputs.make_say(log)
     say(f"$ {outputs.command()}")
-    say(f"torch {torch.__version__}, python {platform.python_version()}, {devices.device_name(device)}, {precision}")
+    versions = f"torch {torch.__version__}, python {platform.python_version()}"
+    say(f"{versions}, {devices.device_name(device)}, {precision}{', compiled' * args.compile}")
     counts = [f"{len(labels):,}" for _, labels in (train_part, val_part, data.test)]
     shape = "x".join(map(str, data.train[0].shape[1:]))
     kind, length = f"{len(data.classes)} classes, {shape}", f"{args.epochs:g} epochs, batches of {args.batch_size}"
@@ -542,6 +537,8 @@ def run_once(args, given, resumed):
         if devices.is_out_of_memory(error):
             sizes = f"--batch-size {args.batch_size}: lower it, or raise --accum (now {args.accum})"
             return None, fail(1 if training else 2, f"out of memory with {sizes}, or make the model smaller")
+        if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            return None, fail(1, f"--compile doesn't work here, leave it out: {str(error)[:300]}")
         if processes.count() > 1:
             return None, fail(1, f"process {processes.rank()} stops: {error}")
         raise

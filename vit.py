@@ -10,6 +10,7 @@ Copied alone, this file needs torch and einops and nothing else:
 """
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -98,6 +99,19 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm_2(x)))
 
 
+def conv_stem(channels, dim, patch_size):
+    """3x3 convolutions in place of patches, (b, channels, h, w) -> (b, dim, h / patch_size, w / patch_size).
+
+    Each is followed by 2x2 max-pooling, batch norm and GELU, and has twice the channels of the one before.
+    """
+    layers, halvings = [], patch_size.bit_length() - 1
+    widths = [channels, *(dim >> k for k in reversed(range(halvings)))]
+    for before, after in itertools.pairwise(widths):
+        conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
+        layers += [conv, nn.MaxPool2d(2), nn.BatchNorm2d(after), nn.GELU()]
+    return nn.Sequential(*layers)
+
+
 class ViT(nn.Module):
     """Vision transformer, pre-norm, with learned positions (arXiv:2010.11929).
 
@@ -108,7 +122,8 @@ class ViT(nn.Module):
     from the paper: pool="mean" averages the tokens in place of a class token; positions start at standard deviation 1,
     as in vit-pytorch, not 0.02 (on small images the model learns earlier); queries, keys and values have no bias unless
     qkv_bias. What differs from vit-pytorch: no norms inside the patch embedding; dim_head is dim / heads unless given.
-    drop_path grows linearly with the depth. The head starts at zero, so that the first loss is ln(num_classes).
+    stem="conv" puts conv_stem in place of the linear patches. drop_path grows linearly with the depth. The head starts
+    at zero, so that the first loss is ln(num_classes).
 
     Raises ValueError if the patch doesn't divide the image, the heads don't divide dim, or forward gets another size.
     """
@@ -133,6 +148,7 @@ class ViT(nn.Module):
         drop_path=0.0,
         qkv_bias=False,
         norm_eps=1e-5,
+        stem="patch",
     ):
         super().__init__()
         self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -155,9 +171,15 @@ class ViT(nn.Module):
         if not 0 < norm_eps < math.inf:
             raise ValueError(f"--norm-eps {norm_eps} must be a finite number above 0")
 
+        if stem not in STEMS:
+            raise ValueError(f"--stem {stem} is not known; known are {', '.join(STEMS)}")
         (height, width), (p, q) = self.image_size, self.patch_size
+        if stem == "conv" and (p != q or p & (p - 1) or not 2 <= p <= dim):
+            raise ValueError(f"--stem conv halves the image: --patch-size {patch_size} must be 2, 4, 8 ... up to --dim")
+
         tokens = (height // p) * (width // q)
-        self.patch_embedding = nn.Linear(channels * p * q, dim)
+        conv = stem == "conv"
+        self.patch_embedding = conv_stem(channels, dim, p) if conv else nn.Linear(channels * p * q, dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim)) if pool == "cls" else None
         self.pos_embedding = nn.Parameter(torch.randn(1, tokens + (pool == "cls"), dim))
         self.dropout = nn.Dropout(emb_dropout)
@@ -189,7 +211,10 @@ class ViT(nn.Module):
             got, want = ("x".join(map(str, size)) for size in (images.shape[-2:], self.image_size))
             raise ValueError(f"the images are {got} pixels, the model was built for {want}: resize them")
         p, q = self.patch_size
-        x = self.patch_embedding(rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=q))
+        if self.model_args["stem"] == "conv":
+            x = rearrange(self.patch_embedding(images), "b d h w -> b (h w) d")
+        else:
+            x = self.patch_embedding(rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=q))
         if self.cls_token is not None:
             x = torch.cat([repeat(self.cls_token, "1 1 d -> b 1 d", b=x.shape[0]), x], dim=1)
         return self.dropout(x + self.pos_embedding)
@@ -285,6 +310,7 @@ def from_timm(weights):
 
 
 POOLS = ("cls", "mean")
+STEMS = ("patch", "conv")
 
 
 def pair(size):
@@ -300,6 +326,7 @@ def add_args(parser):
     flag("--heads", type=int, default=3, metavar="N", help="attention heads (%(default)s)")
     flag("--mlp-dim", type=int, default=384, metavar="N", help="hidden width of a block's MLP (%(default)s)")
     flag("--dim-head", type=int, metavar="N", help="width of a head (dim / heads)")
+    flag("--stem", choices=STEMS, default=default["stem"], help="linear patches or convolutions (%(default)s)")
     flag("--pool", choices=POOLS, default="mean", help="class token or mean of the tokens (%(default)s)")
     flag("--dropout", type=float, default=default["dropout"], metavar="P", help="in the blocks (%(default)s)")
     flag("--emb-dropout", type=float, default=default["emb_dropout"], metavar="P", help="of the tokens (%(default)s)")
@@ -309,8 +336,8 @@ def add_args(parser):
 
 
 def build(args, *, image_size, channels, num_classes):
-    names = "patch_size dim depth heads mlp_dim dim_head pool dropout emb_dropout drop_path qkv_bias norm_eps".split()
-    own = {name: getattr(args, name) for name in names}
+    names = "patch_size stem dim depth heads mlp_dim dim_head pool dropout emb_dropout drop_path qkv_bias norm_eps"
+    own = {name: getattr(args, name) for name in names.split()}
     return ViT(image_size=image_size, channels=channels, num_classes=num_classes, **own)
 
 

@@ -34,12 +34,15 @@ for section in "${@:-tests card bench short long}"; do
             ;;
         short)
             row gpu-mlp-mnist --model mlp --data mnist --runs 3
-            row gpu-cnn-cifar10-jpeg --model cnn --data "$data/cifar10-images" --runs 3
-            row gpu-cnn-cifar10-jpeg-1-minute --model cnn --data "$data/cifar10-images" --minutes 1 --augment strong
+            row gpu-mlp-mnist-strong --model mlp --data mnist --epochs 100 --augment strong --ema 0.999 --tta
+            row gpu-cnn-cifar10-jpeg --model cnn --data "$data/cifar10-images" --epochs 8.6 --tta --runs 3
+            row gpu-cnn-cifar10-jpeg-compiled --model cnn --data "$data/cifar10-images" --epochs 8.6 --tta --compile
+            row gpu-cnn-cifar10-jpeg-1-minute --model cnn --data "$data/cifar10-images" --minutes 1 --tta \
+                --widths 128,384,512 --augment strong
             ;;
         long)
-            row gpu-vit-cifar10-jpeg-5-minutes --model vit --data "$data/cifar10-images" --minutes 5 --batch-size 512 \
-                --augment strong --cutmix 1 --ema 0.999
+            row gpu-vit-cifar10-jpeg-5-minutes --model vit --data "$data/cifar10-images" --minutes 5 --tta --stem conv \
+                --opt muon --batch-size 512 --augment strong --cutmix 1 --ema 0.999
             ;;
         esac
     done
