@@ -552,7 +552,7 @@ def test_orthogonal_makes_singular_values_alike(shape):
 
 def test_muon_is_for_hidden_matrices_and_adamw_for_the_rest():
     torch.manual_seed(0)
-    model = cnn_cifar10.CNN(image_size=8, widths=(8, 16)).to(memory_format=torch.channels_last)
+    model = cnn_cifar10.CNN(image_size=8, widths=(8, 96)).to(memory_format=torch.channels_last)  # 96 by 72: a tall one
     parts = [parameter for _, parameter in model.named_parameters()]
     names = [name for name, _ in model.named_parameters()]
     options = dict(lr=0.01, weight_decay=0.5)
