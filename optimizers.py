@@ -202,9 +202,9 @@ def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_dec
 
     The rate of a layer is lr * layer_decay ** (number of layers above it), see layers(), times the factor of each
     (prefix, factor) of lr_scale whose prefix its name begins with, where * stands for anything. It's in "lr", and in
-    "initial_lr" for schedules; without lr, the groups have neither. With `hidden`, matrices and filters of all layers but
-    the first and the last are in groups marked hidden=True, as Muon wants them. Raises ValueError for values out of
-    range, and for a prefix without * that no parameter has.
+    "initial_lr" for schedules; without lr, the groups have neither. With `hidden`, matrices and filters of all layers
+    but the first and the last are in groups marked hidden=True, as Muon wants them. Raises ValueError for values out
+    of range, and for a prefix without * that no parameter has.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"--layer-decay {layer_decay} must be above 0 and at most 1")
