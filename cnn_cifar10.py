@@ -22,7 +22,7 @@ from torch import nn
 RECIPE = dict(
     data="cifar10",
     epochs=10,
-    batch_size=512,
+    batch_size=256,
     opt="muon",
     lr=0.02,
     momentum=0.95,
