@@ -27,7 +27,8 @@ from ranges import flag_name
 
 MODELS = {"mlp": (mlp_mnist, mlp_mnist.MLP), "cnn": (cnn_cifar10, cnn_cifar10.CNN), "vit": (vit, vit.ViT)}
 # A resumed run may be prolonged and moved. Anything else would make its figures those of no run at all.
-MAY_CHANGE = {"resume", "epochs", "patience", "device", "out", "data_dir", "log_interval", "save_every", "tensorboard"}
+MAY_CHANGE = {"resume", "epochs", "patience", "device", "compile", "out", "data_dir"}
+MAY_CHANGE |= {"log_interval", "save_every", "tensorboard"}
 
 
 def make_parser(model, program="train.py"):
@@ -47,7 +48,8 @@ def make_parser(model, program="train.py"):
     flag("--runs", type=int, default=1, metavar="N", help="repeat with the next seeds, report mean and deviation (1)")
     flag("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is there")
     flag("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision: auto is bf16 where native")
-    flag("--compile", action="store_true", help="torch.compile the model: slower to start, faster then")
+    compiling = "torch.compile the model: slower to start, often faster then (%(default)s)"
+    flag("--compile", action=argparse.BooleanOptionalAction, default=False, help=compiling)
     flag("--out", metavar="DIR", help="output folder (runs/<model>-<data>-<opt>-<sched>)")
     flag("--log-interval", type=int, default=0, metavar="N", help="report every N steps too (0: every epoch)")
     flag("--save-every", type=int, default=0, metavar="N", help="write last.pt every N steps too (0: every epoch)")

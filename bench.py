@@ -36,7 +36,7 @@ import train
 
 MODELS = {
     "mlp": "--model mlp --hidden 256,128,64 --no-batch-norm --batch-size 64",
-    "cnn --arch plain": "--model cnn --arch plain --batch-size 64",
+    "cnn --arch plain": "--model cnn --arch plain --opt sgd --batch-size 64",
     "vit": "--model vit --batch-size 64",
 }
 ARTICLE = "--model mlp --hidden 256,128,64 --no-batch-norm --opt sgd --lr 0.01 --momentum 0 --weight-decay 1e-6"

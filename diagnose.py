@@ -51,7 +51,7 @@ def parse_args(argv=None):
             raise ValueError(f"--find-lr can't be used with --opt {args.opt}, which finds the size of its steps itself")
         if Path(own.find_lr).suffix != ".png" or not Path(own.find_lr).parent.is_dir():
             raise ValueError(f"--find-lr {own.find_lr} must be a .png file in a folder that exists")
-    names = {"out", "log_interval", "save_every", "tensorboard", "runs", "minutes", "ema", "tta", "patience"}
+    names = {"out", "log_interval", "save_every", "tensorboard", "runs", "minutes", "compile", "ema", "tta", "patience"}
     ranges.refuse_idle(given, names | {"min_delta", "monitor"}, "with diagnose.py")
     args.accum = 1  # the batches here are small already: batch norm needs more than a few images in a piece
     return args, given, own.find_lr

@@ -113,9 +113,9 @@ def swing(values):
     return sum(min(abs(a), abs(b)) for a, b in pairwise(steps) if a * b < 0) / max(1, len(steps) - 1)
 
 
-def not_finite(rows):
-    """The place in rows of (loss, right, norm) of the first that isn't finite, and what it is; or None."""
-    for place, (loss, _, norm) in enumerate(rows):
+def not_finite(steps):
+    """The place in steps of (loss, right answers, gradient norm) of the first that isn't finite, and what; or None."""
+    for place, (loss, _, norm) in enumerate(steps):
         if not math.isfinite(loss):
             return place, f"the training loss is {loss}"
         if not math.isfinite(norm):

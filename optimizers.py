@@ -56,7 +56,7 @@ def rprop(groups, *, lr):
 
 
 def muon(groups, *, lr, momentum, opt_betas):
-    """For the hidden layers' matrices and filters Muon, for all else AdamW at the same rate."""
+    """Muon for hidden matrices and filters, as parameter_groups(hidden=True) marks them; AdamW for the rest."""
     return Muon(groups, lr=lr, betas=opt_betas, momentum=momentum)
 
 
@@ -76,7 +76,9 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, groups, *, lr, betas, momentum):
         super().__init__(groups, lr, betas, fused=True)
-        self._step_supports_amp_scaling = False  # what a fused AdamW says of itself; a GradScaler must unscale for Muon
+        if not any(group.get("hidden") for group in self.param_groups):
+            raise ValueError("--opt muon finds no matrix of a hidden layer to work on: use --opt adamw")
+        self._step_supports_amp_scaling = False  # a fused AdamW says True, but for Muon a GradScaler must unscale
         for group in self.param_groups:
             group.setdefault("hidden", False)
             group["momentum"] = momentum
@@ -105,8 +107,9 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrices, steps=5):
-    """(k, rows, columns) -> the same with singular values of about 1, in bf16: five steps of Newton and Schulz."""
-    x = matrices.bfloat16()
+    """(k, rows, columns) -> the same with singular values of about 1: five steps of Newton and Schulz, in bf16."""
+    slow = matrices.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()  # slow in bf16
+    x = matrices.to(torch.float32 if slow else torch.bfloat16)
     x = x.mT if x.shape[1] > x.shape[2] else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -157,9 +160,9 @@ def add_args(parser):
         metavar="PREFIX=X",
         help="rate of PREFIX, times X (%(default)s)",
     )
-    flag("--momentum", type=float, default=0.0, metavar="X", help="sgd, rmsprop (0.9 for sgd)")
+    flag("--momentum", type=float, default=0.0, metavar="X", help="sgd, rmsprop, muon (sgd 0.9, muon 0.95)")
     flag("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="sgd: Nesterov momentum")
-    flag("--opt-betas", type=pair, default=(0.9, 0.999), metavar="B,B", help="the adam family (%(default)s)")
+    flag("--opt-betas", type=pair, default=(0.9, 0.999), metavar="B,B", help="the adam family, muon (%(default)s)")
 
 
 def pair(text):
@@ -239,11 +242,12 @@ def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_dec
 
 
 def describe_groups(model, groups):
-    """A line for each rate, the highest first: the layers that have it, and how many of their numbers decay.
+    """A line for each rate, the highest first: the layers that have it, how many of their numbers decay or are Muon's.
 
     `groups` are those of parameter_groups with lr, or an optimizer's param_groups.
     """
     by_id, names = {id(p): name for name, p in model.named_parameters()}, {}
+    muon = {by_id[id(p)] for group in groups if group.get("hidden") for p in group["params"]}
     for group in groups:
         names.setdefault(group.get("initial_lr", group["lr"]), {}).update(
             {by_id[id(p)]: group.get("weight_decay", 0) for p in group["params"]}
@@ -258,7 +262,8 @@ def describe_groups(model, groups):
         whole = list(whole)
         whole[3:-2] = ["..."] if len(whole) > 6 else whole[3:-2]
         count, decaying = (sum(sizes[n] for n, decay in some.items() if decay or all) for all in (True, False))
-        lines.append(f"lr {lr:.3g}: {', '.join(whole)} ({count:,} parameters, {decaying:,} with weight decay)")
+        by_muon = f", {sum(sizes[n] for n in muon & some.keys()):,} by Muon" if muon else ""
+        lines.append(f"lr {lr:.3g}: {', '.join(whole)} ({count:,} parameters, {decaying:,} with weight decay{by_muon})")
     return lines
 
 

@@ -469,6 +469,11 @@ def set_up(args, given, resumed):
         args.epochs = epochs_within(args, data, model, device, precision, parts, loss)
         arguments.shorten_warmup(args, given)
         arguments.make_schedule(args)  # raises ValueError if the warm-up is too long
+    if args.compile:
+        try:
+            model.compile()  # in place: the names of its weights stay
+        except RuntimeError as error:  # not on this version of Python, or not on this system
+            raise ValueError(f"--compile doesn't work here, use --no-compile: {error}") from None
 
     log = None
 
@@ -487,8 +492,6 @@ def set_up(args, given, resumed):
         return out
 
     out = processes.once(claim)
-    if args.compile:
-        model.compile()  # in place: the names of its weights stay
     say = outputs.make_say(log)
     say(f"$ {outputs.command()}")
     versions = f"torch {torch.__version__}, python {platform.python_version()}"
@@ -538,7 +541,7 @@ def run_once(args, given, resumed):
             sizes = f"--batch-size {args.batch_size}: lower it, or raise --accum (now {args.accum})"
             return None, fail(1 if training else 2, f"out of memory with {sizes}, or make the model smaller")
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            return None, fail(1, f"--compile doesn't work here, leave it out: {str(error)[:300]}")
+            return None, fail(1, f"--compile doesn't work here, use --no-compile: {str(error)[:300]}")
         if processes.count() > 1:
             return None, fail(1, f"process {processes.rank()} stops: {error}")
         raise

@@ -102,7 +102,8 @@ class Block(nn.Module):
 def conv_stem(channels, dim, patch_size):
     """3x3 convolutions in place of patches, (b, channels, h, w) -> (b, dim, h / patch_size, w / patch_size).
 
-    Each is followed by 2x2 max-pooling, batch norm and GELU, and has twice the channels of the one before.
+    Each is followed by 2x2 max-pooling, batch norm and GELU, and has about twice the channels of the one before. As in
+    CCT (arXiv:2104.05704), whose stem has no norm and ReLU.
     """
     layers, halvings = [], patch_size.bit_length() - 1
     widths = [channels, *(dim >> k for k in reversed(range(halvings)))]

@@ -23,7 +23,7 @@ PLAIN = "--model cnn --arch plain --data {jpeg} --batch-size 64 --smoothing 0 --
 PLAIN = f"{PLAIN} --sched none --epochs 5"
 # Each optimizer at a rate that is usual for it (momentum is 0.9 for sgd), and all at a common one.
 RATES = dict(sgd=0.02, adam=1e-3, adamw=1e-3, nadam=1e-3, radam=1e-3, rmsprop=3e-4, adagrad=0.01, adadelta=1.0)
-RATES |= dict(rprop=1e-4, lbfgs=0.1)
+RATES |= dict(rprop=1e-4, lbfgs=0.1, muon=2e-3)
 OWN = {name: f"--opt {name} --lr {rate}" for name, rate in RATES.items()}
 COMMON = {f"{name} at 0.001": f"--opt {name} --lr 0.001" for name in RATES}
 FAST = {name: flags for name, flags in COMMON.items() if "lbfgs" not in name}  # it takes ten times as long
