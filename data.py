@@ -43,6 +43,7 @@ CONSTANTS = {
 }
 SILENCE = 20  # seconds without a byte after which a download is given up
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+AT_ONCE = 1024  # images: small batches are augmented several at once, each of them alone would take longer
 CACHE_VERSION = 1  # raise it when decode() or the cache file changes
 
 
@@ -93,13 +94,11 @@ def load(name, data_dir="data", *, img_size=None, fallback=False):
 def pixel_stats(images):
     """Mean and standard deviation by channel, in 0..1, exactly: from the counts of the 256 values."""
     value = torch.arange(256, dtype=torch.float64) / 255
-    means, stds = [], []
-    for channel in images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
-        mean = (share * value).sum()
-        means.append(round(mean.item(), 4))
-        stds.append(round(max((share * (value - mean) ** 2).sum().sqrt().item(), 1 / 255), 4))
-    return tuple(means), tuple(stds)
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+    share = counts.double() / images[:, 0].numel()
+    mean = share @ value
+    std = (share * (value - mean[:, None]) ** 2).sum(1).sqrt()
+    return tuple(round(m, 4) for m in mean.tolist()), tuple(round(max(s, 1 / 255), 4) for s in std.tolist())
 
 
 # ---------------------------------------------------------------------------------------------- sets from torchvision
@@ -388,14 +387,10 @@ def split(part, held_out, seed):
 
 def limit(part, count, seed):
     """`count` of the images of a part, each class in its proportion. Raises ValueError if there are fewer."""
-    images, labels = part
-    if count > len(labels):
-        raise ValueError(f"--limit {count} is more than the {len(labels)} training images")
-    mask = pick(labels, count, seed)
-    return images[mask], labels[mask]
-
-
-AT_ONCE = 1024  # images: small batches are augmented several at once, each of them alone would take longer
+    if count > len(part[1]):
+        raise ValueError(f"--limit {count} is more than the {len(part[1])} training images")
+    mask = pick(part[1], count, seed)
+    return tuple(tensor[mask] for tensor in part)
 
 
 def batches(

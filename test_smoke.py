@@ -3280,6 +3280,22 @@ def test_multiply_adds_are_right(monkeypatch, capsys):
     assert f"{784 * 128 + 128 * 10:,} an image" in capsys.readouterr().out
 
 
+def test_bench_measures_each_way_of_training(tiny):
+    assert bench.main("--models mlp --data shapes --turns 1 --seconds 0.05 --out a.json".split()) == 0
+    one = json.loads(Path("a.json").read_text())["mlp"]
+    *textbook, ours, fixed = one["images_per_second"].values()
+    assert one["b_over_a"] == pytest.approx(ours / max(textbook)) and one["b_over_c"] == pytest.approx(ours / fixed)
+    assert one["flops_an_image"] == 3 * 2 * (3 * 32 * 32 * 256 + 256 * 128 + 128 * 64 + 64 * 10)
+    assert min(textbook) > 0 and one["matrix_flops_per_second"] > 1e9 and one["peak_memory_mb"] > 50
+    assert bench.main("--until 0.01 --data shapes --out b.json".split()) == 0
+    times = json.loads(Path("b.json").read_text())["until"]
+    assert list(times) == ["textbook", "train.py", "recipe"] and {one["epochs"] for one in times.values()} == {1}
+    for wrong in ("--turns 0", "--seconds nan", "--models resnet"):
+        with pytest.raises(SystemExit, match="2"):
+            bench.main(wrong.split())
+    assert bench.main(["--data", "nowhere"]) == 2
+
+
 # ---------------------------------------------------------------------------------------------- README
 
 RESULTS = HERE / "results"
@@ -3303,6 +3319,25 @@ def test_figures_of_the_readme_are_those_of_the_result_files():
     text, rows = (HERE / "README.md").read_text(), list(results_table())
     assert rows and all(row in text for row in rows), "README.md should have these rows:\n" + "\n".join(rows)
     assert text.count("](results/runs/") == len(rows)
+
+
+def speed_table():
+    """The rows of README's table of speeds, made from what bench.py wrote, and the times to an accuracy."""
+    for path in sorted(RESULTS.glob("bench-cpu-*.json")):
+        for name, one in json.loads(path.read_text()).items():
+            if isinstance(one, dict):
+                *textbook, ours, _ = one["images_per_second"].values()
+                rate, share = one["flops_per_second"] / 1e9, one["flops_per_second"] / one["matrix_flops_per_second"]
+                row = f"| `{name}` | {max(textbook):,.0f} | {ours:,.0f} | {one['b_over_a']:.1f} | {one['b_over_c']:.2f}"
+                row += f" | {rate:,.0f} GFLOP/s, {share:.0%} | {one['peak_memory_mb']:,.0f} MB |"
+                yield row
+    for name, one in json.loads((RESULTS / "until-cpu.json").read_text())["until"].items():
+        yield f"| {name} | {one['epochs']} | {one['seconds']:.1f} s |"
+
+
+def test_speeds_of_the_readme_are_those_of_bench():
+    text, rows = (HERE / "README.md").read_text(), list(speed_table())
+    assert len(rows) == 6 and all(row in text for row in rows), "README.md should have these rows:\n" + "\n".join(rows)
 
 
 def test_figures_of_the_comparisons_are_those_of_the_result_files():

@@ -34,9 +34,11 @@ for section in "${@:-tests card bench short long}"; do
             ;;
         short)
             row gpu-mlp-mnist --model mlp --data mnist --runs 3
-            row gpu-mlp-mnist-strong --model mlp --data mnist --epochs 100 --augment strong --ema 0.999 --tta
-            row gpu-cnn-cifar10-jpeg --model cnn --data "$data/cifar10-images" --epochs 8.6 --tta --runs 3
-            row gpu-cnn-cifar10-jpeg-compiled --model cnn --data "$data/cifar10-images" --epochs 8.6 --tta --compile
+            row gpu-mlp-mnist-strong --model mlp --data mnist --hidden 1024,1024,1024 --epochs 100 --augment strong \
+                --dropout 0 --lr 3e-3 --ema 0.999 --tta
+            row gpu-cnn-cifar10-jpeg --model cnn --data "$data/cifar10-images" --epochs 7.5 --val-split 2000 --tta --runs 3
+            row gpu-cnn-cifar10-jpeg-compiled --model cnn --data "$data/cifar10-images" --epochs 7.5 --val-split 2000 \
+                --tta --compile
             row gpu-cnn-cifar10-jpeg-1-minute --model cnn --data "$data/cifar10-images" --minutes 1 --tta \
                 --widths 128,384,512 --augment strong
             ;;
