@@ -2004,11 +2004,13 @@ FUZZED = {
     amp=["auto", "off", "bf16", "fp16", "x"], device=["cpu", "auto", "cuda", "cpu:1", "meta", ""],
     depth=["0", "1", "2", "x"], runs=["-1", "0", "1", "2", "1e400", "nan", "x", ""],
     monitor=["val_acc", "val_loss", "x"], pool=["cls", "mean", "x"], arch=["residual", "plain", "x"],
+    stem=["patch", "conv", "x"],
 )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_random_flags_end_in_success_or_in_one_line(tiny, capsys):
+def test_random_flags_end_in_success_or_in_one_line(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: None)  # it would take half a minute each time
     write_folder(tiny / "pets", (8, 8), train_count=9)
     Path("file").write_text("no folder")
     draw, ends, faults = random.Random(0), {}, []
