@@ -97,6 +97,7 @@ class CNN(nn.Module):
             body += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         self.body = nn.Sequential(*body)
         self.head = nn.Linear(64 if arch == "plain" else widths[-1], num_classes)
+        self.fixed = () if arch == "plain" else ("body.0.weight",)  # what whiten freezes
         if arch != "plain":
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
@@ -111,7 +112,7 @@ class CNN(nn.Module):
         They become the principal directions of all 2x2 patches, scaled so that each of their outputs has variance 1,
         and their negatives: the layers above get inputs without the correlation of neighbouring pixels.
         """
-        if self.model_args["arch"] == "plain":
+        if not self.fixed:
             return
         filters = self.body[0].weight
         patches = F.unfold(images[: max(1, 2**19 // images[0, 0].numel())], 2).transpose(1, 2).flatten(0, 1).double()

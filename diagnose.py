@@ -66,7 +66,10 @@ def set_up(args, given):
     s.loss = train.make_loss(args, s.data, device, s.precision)
     if args.init:
         finetune.initialise(s.model, arguments.read_init(args.init, args.model), s.data.classes)
+    learning = {name for name, p in s.model.named_parameters() if p.requires_grad}
     finetune.freeze(s.model, args.freeze)
+    s.frozen = {name for name in learning if not s.model.get_parameter(name).requires_grad}  # on purpose
+    s.frozen |= set(getattr(s.model, "fixed", ()))
     return s
 
 
@@ -187,11 +190,12 @@ def memory(s):
 
 
 def gradients(s):
-    """Every parameter gets a finite gradient that isn't 0, and the optimizer has it."""
+    """Every parameter that isn't frozen on purpose gets a finite gradient that isn't 0, and the optimizer has it."""
     held = {id(p) for group in train.make_optimizer(s.args, s.model).param_groups for p in group["params"]}
-    names = [name for name, _ in s.model.named_parameters()]
-    still = [name for name, p in s.model.named_parameters() if name not in s.reached or id(p) not in held]
-    figure = f"{len(names) - len(still)} of {len(names)} parameters learn"
+    wanted = {name: p for name, p in s.model.named_parameters() if name not in s.frozen}
+    still = [name for name, p in wanted.items() if name not in s.reached or id(p) not in held]
+    figure = f"{len(wanted) - len(still)} of {len(wanted)} parameters learn"
+    figure += f" ({len(s.frozen)} are frozen)" if s.frozen else ""
     figure += f", not {', '.join(still[:3])}{', ...' * (len(still) > 3)}" if still else ""
     return not still, figure, "look for requires_grad, detach(), and what the optimizer is given"
 

@@ -2659,6 +2659,14 @@ def test_diagnose_takes_other_set_ups(flags, tiny, monkeypatch, middling, capsys
     assert diagnosed(*DIAGNOSE, *flags.split()) == 0, capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags, frozen", [("", 1), ("--freeze body.0 --freeze body.2", 5)])
+def test_diagnose_knows_what_is_frozen_on_purpose(flags, frozen, tiny, monkeypatch, middling, capsys):
+    plant_in_data(monkeypatch, middling, lambda data: None)
+    diagnosed("--model", "cnn", "--widths", "16,16", "--data", "shapes", *flags.split())
+    said = capsys.readouterr().out
+    assert f"parameters learn ({frozen} are frozen)" in said and "gradients" not in failed_checks(said), said
+
+
 def test_diagnose_of_few_images_says_that_they_are_few(tiny, capsys):
     assert diagnosed(*TINY_MLP, "--epochs", 2) == 0
     assert "too few to tell" in capsys.readouterr().out
