@@ -8,7 +8,8 @@ For each model, in one interleaved run on the same data and with the same augmen
     plain optimizer, loss.item() in every step;
 (b) the step and the data path of train.py, as it is;
 (c) the step of train.py on one batch that lies on the device already: what is left without a data path.
-Every variant gets the same time in turn, several times over; the figures are medians of its turns.
+Every variant gets the same time in turn, several times over; the rates are medians over its turns, the ratios those of
+turns beside each other.
 """
 
 import argparse
@@ -112,26 +113,29 @@ def ours(s, fixed):
         yield len(labels)
 
 
-def rate(steps, seconds, device):
-    """Images per second of a generator of steps, run for about that long."""
-    start, images = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        images += next(steps)
+def clock(device):
+    """Seconds, when the device has done all that it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return images / (time.perf_counter() - start)
+    return time.perf_counter()
+
+
+def rate(steps, seconds, device):
+    """Images per second of a generator of steps, run for about that long."""
+    start, images = clock(device), 0
+    while time.perf_counter() - start < seconds:
+        images += next(steps)
+    return images / (clock(device) - start)
 
 
 def matrix_rate(device, precision):
     """Floating-point operations per second of a product of large matrices, the best of several."""
-    a, b = (torch.randn(2048, 2048, device=device, dtype=devices.PRECISIONS[precision]) for _ in range(2))
-    best = 0.0
+    n, best = 8192 if device.type == "cuda" else 2048, 0.0
+    a, b = (torch.randn(n, n, device=device, dtype=devices.PRECISIONS[precision]) for _ in range(2))
     for _ in range(10):
-        start = time.perf_counter()
+        start = clock(device)
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - start))
+        best = max(best, 2 * n**3 / (clock(device) - start))
     return best
 
 
@@ -162,32 +166,37 @@ def measure(flags, turns, seconds):
     with FlopCounterMode(display=False) as counter:
         s.model(torch.randn(1, *s.train_part[0].shape[1:], device=s.device))
     flops = 3 * counter.get_total_flops()  # the backward pass takes about twice the forward's
-    best, peak = max(list(medians.values())[:2]), matrix_rate(s.device, s.precision)
+
+    def ratio(other):
+        """Of turns beside each other: the machine may be faster at one time than at another."""
+        return statistics.median(a / b for a, b in zip(rates["train.py"], rates[other], strict=True))
+
+    best, peak = max(list(medians)[:2], key=medians.get), matrix_rate(s.device, s.precision)
     result = dict(flags=flags, data=s.data.name, images_per_second=medians, turns=rates)
-    result |= dict(b_over_a=medians["train.py"] / best, b_over_c=medians["train.py"] / medians["train.py, one batch"])
+    result |= dict(b_over_a=ratio(best), b_over_c=ratio("train.py, one batch"))
     result |= dict(precision=s.precision, peak_memory_mb=peak_memory(s.device), flops_an_image=flops)
     return result | dict(flops_per_second=flops * medians["train.py"], matrix_flops_per_second=peak)
 
 
 def until(accuracy, data_flags):
     """Training seconds to a validation accuracy: the articles' MLP in both loops, then our recipe at its full rate."""
-    results = {}
-    for name, flags in (("textbook", ARTICLE), ("train.py", ARTICLE), ("recipe", "--model mlp")):
+    results, loops = {}, {f"textbook, {n} workers": (ARTICLE, n) for n in (0, 2)}
+    for name, (flags, workers) in (loops | {"train.py": (ARTICLE, None), "recipe": ("--model mlp", None)}).items():
         s = set_up([*flags.split(), *data_flags])
-        steps = textbook(s, 2) if name == "textbook" else ours(s, False)
-        s.precision = "fp32" if name == "textbook" else s.precision
+        steps = ours(s, False) if workers is None else textbook(s, workers)
+        s.precision = s.precision if workers is None else "fp32"
         seconds, epoch, acc, per_epoch = 0.0, 0, 0.0, math.ceil(len(s.train_part[1]) / s.args.batch_size)
         while acc < accuracy and epoch < 60:
-            start = time.perf_counter()
+            start = clock(s.device)
             for _ in range(per_epoch):
                 next(steps)
-            seconds += time.perf_counter() - start
+            seconds += clock(s.device) - start
             acc = train.evaluate(s.model, s.val_part, s.data, s.device, s.precision)[1]
             s.model.train()
             epoch += 1
         steps.close()
         results[name] = dict(epochs=epoch, seconds=seconds, val_acc=acc)
-        print(f"{name:10}  val acc {acc:.4f} after {epoch} epochs, {seconds:.1f} s of training", flush=True)
+        print(f"{name:20}  val acc {acc:.4f} after {epoch} epochs, {seconds:.1f} s of training", flush=True)
     return results
 
 
