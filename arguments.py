@@ -192,7 +192,7 @@ def check(args, given):
         ranges.refuse_idle(given, {"mixup_off_epoch"}, "without --mixup or --cutmix")
     if args.val_split == 0:
         ranges.refuse_idle(given, {"patience", "monitor", "min_delta"}, "with --val-split 0: nothing is monitored")
-    if args.resume:
+    if args.resume and not processes.restarted():
         ranges.refuse_idle(given, {"minutes", "runs"}, "with --resume")
     if "epochs" in given and "minutes" in given:
         raise ValueError(f"--minutes {args.minutes} and --epochs {args.epochs} are two lengths: leave one out")

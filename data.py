@@ -360,7 +360,7 @@ def seeded(*key, device="cpu"):
 
 def pick(labels, count, seed):
     """A random boolean mask with `count` of the labels' places, each class in its proportion to within one."""
-    n = len(labels)
+    n, labels = len(labels), labels.cpu()
     shuffled = torch.randperm(n, generator=seeded(seed, "pick"))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     i = torch.arange(n)
@@ -553,7 +553,8 @@ def add_args(parser):
     flag("--data-dir", default="data", metavar="DIR", help="where datasets and caches lie (%(default)s)")
     flag("--img-size", type=int, metavar="N", help="scale a folder's images to N x N (as the first, at most 64)")
     flag("--crop-pad", type=int, default=0, metavar="N", help="shift images by up to N pixels (%(default)s)")
-    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror images in turn (%(default)s)")
+    text = "mirror each image in every second epoch (%(default)s)"
+    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help=text)
     flag("--augment", choices=["none", "strong"], default="none", help="strong: turn, bend, recolour (%(default)s)")
     flag("--reprob", type=float, default=0.0, metavar="P", help="erase a rectangle of that share of them (%(default)s)")
     flag("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of images; 0: don't (%(default)s)")

@@ -70,6 +70,7 @@ def set_up(args, given):
     finetune.freeze(s.model, args.freeze)
     s.frozen = {name for name in learning if not s.model.get_parameter(name).requires_grad}  # on purpose
     s.frozen |= set(getattr(s.model, "fixed", ()))
+    s.optimizer = train.make_optimizer(args, s.model)
     return s
 
 
@@ -191,7 +192,7 @@ def memory(s):
 
 def gradients(s):
     """Every parameter that isn't frozen on purpose gets a finite gradient that isn't 0, and the optimizer has it."""
-    held = {id(p) for group in train.make_optimizer(s.args, s.model).param_groups for p in group["params"]}
+    held = {id(p) for group in s.optimizer.param_groups for p in group["params"]}
     wanted = {name: p for name, p in s.model.named_parameters() if name not in s.frozen}
     still = [name for name, p in wanted.items() if name not in s.reached or id(p) not in held]
     figure = f"{len(wanted) - len(still)} of {len(wanted)} parameters learn"

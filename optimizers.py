@@ -92,7 +92,7 @@ class Muon(torch.optim.AdamW):
                     alike.setdefault((len(p), p[0].numel()), []).append(p)
             for (rows, columns), params in alike.items():
                 for p in params:
-                    if not self.state[p]:  # "step" isn't read here: AdamW looks for one in what it loads
+                    if "momentum_buffer" not in self.state[p]:  # AdamW looks for a "step" in what it loads
                         self.state[p].update(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))
                 momenta, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
@@ -207,7 +207,7 @@ def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_dec
     (prefix, factor) of lr_scale whose prefix its name begins with, where * stands for anything. It's in "lr", and in
     "initial_lr" for schedules; without lr, the groups have neither. With `hidden`, matrices and filters of all layers
     but the first and the last are in groups marked hidden=True, as Muon wants them. Raises ValueError for values out
-    of range, and for a prefix without * that no parameter has.
+    of range, and for a prefix that no parameter has.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"--layer-decay {layer_decay} must be above 0 and at most 1")
@@ -215,7 +215,7 @@ def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_dec
     for prefix, factor in lr_scale:
         if not 0 < factor < math.inf:
             raise ValueError(f"--lr-scale {prefix}={factor} must be a finite number above 0")
-        if "*" not in prefix and not any(lies_in(name, prefix) for name in layer_of):
+        if not any(lies_in(name, prefix) for name in layer_of):
             known = {".".join(name.split(".")[:k]): None for name in layer_of for k in range(1, name.count(".") + 2)}
             near = difflib.get_close_matches(prefix, known) or [name for name in known if "." not in name]
             raise ValueError(f"--lr-scale {prefix}: no parameter is named so; there are {', '.join(near)}")

@@ -76,8 +76,12 @@ def count():
 
 
 def own_device(device):
-    """The CUDA device of this process, if `device` doesn't name one."""
+    """The CUDA device of this process, if `device` doesn't name one. Raises ValueError if there are too few."""
     if device.type == "cuda" and device.index is None and dist.is_initialized():
+        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if wanted > there:
+            text = f"--nproc_per_node {wanted} must be at most {there}, the number of GPUs here"
+            raise ValueError(f"{text}; --device cpu has no such limit")
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 

@@ -44,6 +44,7 @@ import optimizers
 import outputs
 import plot
 import predict
+import processes
 import ranges
 import report
 import schedulers
@@ -514,7 +515,8 @@ def test_rates_by_pattern():
     rate = {id(p): group["lr"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert rate[id(parameter)] == 0.5 * (64 if name.endswith("norm.bias") else 2 if "head" in name else 1), name
-    optimizers.parameter_groups(mlp_mnist.MLP(), weight_decay=0, lr=1, lr_scale=[("*.norm.bias", 64.0)])  # may be empty
+    with pytest.raises(ValueError, match=r"--lr-scale \*\.nrom\.bias: no parameter"):
+        optimizers.parameter_groups(model, weight_decay=0, lr=1, lr_scale=[("*.nrom.bias", 64.0)])
 
 
 def test_weight_decay_is_for_matrices():
@@ -549,6 +551,11 @@ def test_muon_without_a_hidden_layer_is_refused(tiny, capsys):
     assert "--opt adamw" in capsys.readouterr().err
     assert call(*TINY_MLP, "--hidden", "8,4", "--opt", "muon") == 0
     assert "32 by Muon" in capsys.readouterr().out
+    last = checkpoints.load(next(Path("runs").glob("*/last.pt")), keys=checkpoints.RESUME_KEYS)
+    for state in last["optimizer"]["state"].values():
+        state.pop("momentum_buffer", None)
+    checkpoints.save(last, Path("odd.pt"))
+    assert call("--resume", "odd.pt", "--epochs", 2) == 0  # as if it had not begun yet
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (16, 16)])
@@ -1909,6 +1916,27 @@ def test_machines_start_anew_together(tmp_path):
     assert checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)["epoch"] == 4
 
 
+def test_a_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in dict(LOCAL_RANK=1, LOCAL_WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    assert processes.own_device(torch.device("cuda")) == torch.device("cuda", 1)
+    assert processes.own_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="--nproc_per_node 3 must be at most 2"):  # in all of them: the first says it
+        processes.own_device(torch.device("cuda"))
+
+
+def test_a_run_for_minutes_is_started_anew(tiny, monkeypatch):
+    flags = [word for word in TINY_MLP if word not in ("--epochs", "1")]
+    flags += ["--minutes", 0.01, "--out", "run"]
+    assert call(*flags) == 0
+    assert call(*flags, "--resume", "run/last.pt") == 2
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert call(*flags) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_in_every_process(number, tmp_path):
@@ -2701,7 +2729,7 @@ def test_find_lr_stops_when_the_loss_diverges(tiny, monkeypatch, middling):
 @pytest.mark.parametrize(
     "wrong",
     ["--find-lr a.jpg", "--find-lr nowhere/a.png", "--find-lr --opt lbfgs", "--find", "--eval best.pt", "--lr -1",
-     "--opt adamax", "--data nowhere"],
+     "--opt adamax", "--data nowhere", "--opt muon", "--lr-scale haed=2"],
 )  # fmt: skip
 def test_diagnose_refuses_in_one_line(wrong, tiny, capsys):
     Path("best.pt").touch()
@@ -3290,7 +3318,7 @@ def test_multiply_adds_are_right(monkeypatch, capsys):
     assert f"{784 * 128 + 128 * 10:,} an image" in capsys.readouterr().out
 
 
-def test_bench_measures_each_way_of_training(tiny):
+def test_bench_measures_each_way_of_training(tiny, monkeypatch):
     assert bench.main("--models mlp --data shapes --turns 1 --seconds 0.05 --out a.json".split()) == 0
     one = json.loads(Path("a.json").read_text())["mlp"]
     *textbook, ours, fixed = one["images_per_second"].values()
@@ -3299,7 +3327,14 @@ def test_bench_measures_each_way_of_training(tiny):
     assert min(textbook) > 0 and one["matrix_flops_per_second"] > 1e9 and one["peak_memory_mb"] > 50
     assert bench.main("--until 0.01 --data shapes --out b.json".split()) == 0
     times = json.loads(Path("b.json").read_text())["until"]
-    assert list(times) == ["textbook", "train.py", "recipe"] and {one["epochs"] for one in times.values()} == {1}
+    assert list(times) == ["textbook, 0 workers", "textbook, 2 workers", "train.py", "recipe"]
+    assert {one["epochs"] for one in times.values()} == {1}
+    # A machine that is ten times as fast in each next turn: the ratios are those of turns beside each other.
+    turns = iter([10, 1, 30, 30, 100, 1, 200, 400, 1000, 1, 4000, 4000])
+    monkeypatch.setattr(bench, "rate", lambda *args: next(turns))
+    assert bench.main("--models mlp --data shapes --turns 3 --out a.json".split()) == 0
+    one = json.loads(Path("a.json").read_text())["mlp"]
+    assert (one["b_over_a"], one["b_over_c"]) == (3, 1) and one["images_per_second"]["train.py"] == 200
     for wrong in ("--turns 0", "--seconds nan", "--models resnet"):
         with pytest.raises(SystemExit, match="2"):
             bench.main(wrong.split())

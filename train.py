@@ -211,7 +211,7 @@ def evaluate(model, part, data, device, precision, *, loss="ce", tta=False, flip
                 scores = (datasets.tta(model, images, flip=flip) if tta else model(images)).float()
             own[0] = loss(scores, labels) * len(labels)
             own[1] = (scores.argmax(1) == labels).sum()
-    total, right = processes.add_up(sums).sum(0, dtype=torch.float64).tolist()
+    total, right = processes.add_up(sums).cpu().double().sum(0).tolist()  # not every device has doubles
     return total / len(part[1]), right / len(part[1])
 
 

@@ -1,7 +1,7 @@
-"""Run the comparisons of README and write their figures to results/<set>.json.
+"""Run the comparisons of COMPARISONS.md and write their figures to results/<set>.json.
 
     python results/compare.py optimizers-mnist --data-dir data
-    python results/compare.py --table optimizers-mnist             # as README shows them
+    python results/compare.py --table optimizers-mnist             # as it shows them
 
 Each row is a command of train.py that you can run alone.
 """
