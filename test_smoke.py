@@ -3327,7 +3327,7 @@ def test_bench_measures_each_way_of_training(tiny, monkeypatch):
     assert min(textbook) > 0 and one["matrix_flops_per_second"] > 1e9 and one["peak_memory_mb"] > 50
     assert bench.main("--until 0.01 --data shapes --out b.json".split()) == 0
     times = json.loads(Path("b.json").read_text())["until"]
-    assert list(times) == ["textbook, 0 workers", "textbook, 2 workers", "train.py", "recipe"]
+    assert list(times) == ["textbook, 0 workers", "textbook, 2 workers", "train.py"]
     assert {one["epochs"] for one in times.values()} == {1}
     # A machine that is ten times as fast in each next turn: the ratios are those of turns beside each other.
     turns = iter([10, 1, 30, 30, 100, 1, 200, 400, 1000, 1, 4000, 4000])
