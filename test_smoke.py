@@ -3356,8 +3356,9 @@ def results_table():
             acc += f" ± {100 * result['test_acc_std']:.2f}, n = {result['n']}"
         if result["args"]["tta"]:
             acc += ", mean of views"
-        file = f"[{path.stem}](results/runs/{path.name})"
-        yield f"| `{command}` | {names[result['data']]} | {acc} | {result['train_seconds']:.0f} s | {file} |"
+        file, seconds = f"[{path.stem}](results/runs/{path.name})", result["train_seconds"]
+        took = f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s"
+        yield f"| `{command}` | {names[result['data']]} | {acc} | {took} | {file} |"
 
 
 def test_figures_of_the_readme_are_those_of_the_result_files():
