@@ -553,8 +553,7 @@ def add_args(parser):
     flag("--data-dir", default="data", metavar="DIR", help="where datasets and caches lie (%(default)s)")
     flag("--img-size", type=int, metavar="N", help="scale a folder's images to N x N (as the first, at most 64)")
     flag("--crop-pad", type=int, default=0, metavar="N", help="shift images by up to N pixels (%(default)s)")
-    text = "mirror each image in every second epoch (%(default)s)"
-    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help=text)
+    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror every other epoch (%(default)s)")
     flag("--augment", choices=["none", "strong"], default="none", help="strong: turn, bend, recolour (%(default)s)")
     flag("--reprob", type=float, default=0.0, metavar="P", help="erase a rectangle of that share of them (%(default)s)")
     flag("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of images; 0: don't (%(default)s)")
