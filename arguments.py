@@ -27,6 +27,7 @@ from ranges import flag_name
 
 MODELS = {"mlp": (mlp_mnist, mlp_mnist.MLP), "cnn": (cnn_cifar10, cnn_cifar10.CNN), "vit": (vit, vit.ViT)}
 # A resumed run may be prolonged and moved. Anything else would make its figures those of no run at all.
+DATA_DIR = "data"
 MAY_CHANGE = {"resume", "epochs", "patience", "device", "compile", "out", "data_dir"}
 MAY_CHANGE |= {"log_interval", "save_every", "tensorboard"}
 
@@ -123,7 +124,9 @@ def _parse(argv, program, chosen, checkpoint):
 
     if checkpoint:
         refuse_another_run(resumed, given, defaults)
-        args = argparse.Namespace(**resumed | given | dict(resume=chosen.resume))
+        # What is started and where it writes is never a checkpoint's to say.
+        ours = dict(out=None, runs=1, eval=None, resume=chosen.resume)
+        args = argparse.Namespace(**resumed | ours | given | dict(resume=chosen.resume))
         args.minutes = None if "epochs" in given else args.minutes
     else:
         if chosen.init:

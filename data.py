@@ -62,25 +62,26 @@ class Data:
     note: str = ""  # what the user should know, such as another set in place of the wanted one
 
 
-def load(name, data_dir="data", *, img_size=None, fallback=False):
+def load(name, data_dir="data", *, img_size=None, fallback=False, read_only=False):
     """Load a dataset by name, or a folder that holds train/<class>/* and test/<class>/* images, as a Data.
 
     What isn't in `data_dir` is downloaded into it. `img_size` is for folders: images are scaled and centre-cropped to
     that many pixels (default: the short side of the first image, at most 64). With `fallback`, a set that can't be had
-    is replaced by "shapes", and the note says why. Raises Unavailable, ValueError for unusable data, OSError.
+    is replaced by "shapes", and the note says why. With `read_only`, nothing is written into data_dir. Raises
+    Unavailable, ValueError for unusable data, OSError.
     """
     if name == "shapes":
         data = shapes()
     elif name in DOWNLOADS:
         try:
-            data = _from_torchvision(name, Path(data_dir))
+            data = _from_torchvision(name, Path(data_dir), read_only)
         except Unavailable as error:
             if not fallback:
                 raise
             data = shapes()
             data.note = f"{error}\nGoing on with the embedded set 'shapes': the figures below are not those of {name}."
     elif Path(name).is_dir():
-        data = _from_folder(Path(name), Path(data_dir), img_size)
+        data = _from_folder(Path(name), Path(data_dir), img_size, read_only)
     else:
         raise ValueError(f"--data {name} is neither a folder here nor a known set; known are {', '.join(NAMES)}")
     for images, labels in (data.train, data.test):
@@ -104,7 +105,7 @@ def pixel_stats(images):
 # ---------------------------------------------------------------------------------------------- sets from torchvision
 
 
-def _from_torchvision(name, root):
+def _from_torchvision(name, root, read_only):
     from torchvision import datasets  # imported here: it costs a second that shapes and folders needn't pay
 
     cls = getattr(datasets, DOWNLOADS[name][0])
@@ -114,6 +115,10 @@ def _from_torchvision(name, root):
         except RuntimeError as error:  # not there, or a wrong checksum
             if "not found" not in str(error):
                 raise
+            if read_only:
+                raise Unavailable(
+                    f"{name} is not in {root}: name that folder with --data-dir to load it there"
+                ) from None
             _download(name, cls, root)
             train, test = cls(root, train=True), cls(root, train=False)
     except Unavailable as error:
@@ -166,7 +171,7 @@ def _download(name, cls, root):
 # ---------------------------------------------------------------------------------------------- a folder of images
 
 
-def _from_folder(folder, data_dir, img_size):
+def _from_folder(folder, data_dir, img_size, read_only):
     """Decode a folder once and keep the pixels in data_dir/cache; see load. The folder itself is only read."""
     classes = sorted(entry.name for entry in _entries(folder / "train") if entry.is_dir())
     files = {part: [] for part in ("train", "test")}  # of (path, label)
@@ -200,9 +205,10 @@ def _from_folder(folder, data_dir, img_size):
         if _fingerprint(folder, paths, img_size) != state:
             raise ValueError(f"{folder} changed while it was being decoded: run again when it is at rest")
         try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(dict(state=state, images=images), f"{cache}.tmp")
-            os.replace(f"{cache}.tmp", cache)
+            if not read_only:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(dict(state=state, images=images), f"{cache}.tmp")
+                os.replace(f"{cache}.tmp", cache)
         except OSError as error:
             note = f"no cache, the next run decodes {folder} again ({error})"
     n = len(files["train"])

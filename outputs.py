@@ -3,6 +3,7 @@
 Copied alone, this file needs the standard library and nothing else.
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -16,26 +17,82 @@ from pathlib import Path
 COLUMNS = "epoch step lr train_loss train_acc val_loss val_acc seconds images_per_second".split()
 
 
-def claim(out, default, going_on=False):
-    """Create the folder `out`, or default, default-2, default-3 ..., and lock its log.txt; return (folder, open log).
+RUN_FILES = ("best.pt", "last.pt", "metrics.csv", "result.json", "curves.png")
 
-    A folder that holds a run already is never taken, unless going_on, and never while that run is alive: the lock goes
-    with its process. Raises ValueError for that and if the folder can't be written.
+
+def claim(out, default, going_on=False):
+    """Create the folder `out`, or default, default-2, default-3 ..., and lock it; return (folder, log).
+
+    The log is open and keeps the folder's lock for as long as the process lives. A folder that holds anything of a run
+    is never taken, unless going_on, and never while a run in it is alive. Raises ValueError for that and if the folder
+    can't be written.
     """
     candidates = [Path(out)] if out else [Path(default), *(Path(f"{default}-{n}") for n in range(2, 10000))]
     for folder in candidates:
+        if holds_run(folder) and not going_on and not out:
+            continue
         try:
+            made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
-            log = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")
+            held = os.open(folder, os.O_RDONLY) if os.name == "posix" else None  # stays with it wherever it's moved
         except OSError as error:
             raise ValueError(f"--out {folder} can't be written ({error.strerror}): name another folder") from None
-        if not lock(log):
+        log = Log(folder, held, made)
+        if not (held is None or lock(held)):
             if out:
                 raise ValueError(f"--out {folder} is being written by a run that is alive: name another folder")
-        elif log.tell() == 0 or going_on:
+        elif going_on or not holds_run(folder):
+            try:
+                log.file = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")
+            except OSError as error:
+                raise ValueError(f"--out {folder} can't be written ({error.strerror}): name another folder") from None
             return folder, log
-        log.close()
     raise ValueError(f"--out {candidates[0]} holds a run already: name another folder, or --resume its last.pt")
+
+
+def holds_run(folder):
+    """Is there anything of a run in a folder?"""
+    log = folder / "log.txt"
+    return (
+        (log.exists() and log.stat().st_size > 0)
+        or any((folder / name).exists() for name in RUN_FILES)
+        or any(folder.glob("seed-*"))
+    )
+
+
+class Log:
+    """The open log.txt of a run, and the hold on its folder."""
+
+    def __init__(self, folder, held, made):
+        self.file, self.folder, self.held, self.made = None, folder, held, made
+
+    def write(self, text):
+        self.file.write(text)
+
+    def check(self):
+        """Raise OSError if the folder's name now is another folder's, or none's: nothing is written there."""
+        try:
+            here = self.held is None or os.path.samestat(os.fstat(self.held), os.stat(self.folder))
+        except FileNotFoundError:
+            here = False
+        if not here:
+            raise OSError(f"the run's folder {self.folder} was moved away or replaced: the run stops")
+
+    def __del__(self):
+        if self.file:
+            self.file.close()
+        if self.held is not None:
+            os.close(self.held)
+
+    def take_back(self):
+        """Remove what claim made, if nothing has been written into it since."""
+        self.file.close()
+        log = self.folder / "log.txt"
+        if log.stat().st_size == 0:
+            log.unlink()
+        if self.made:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # only if it's empty
 
 
 def lock(file):
@@ -61,6 +118,7 @@ def make_say(log):
         if log:
             log.write(line + "\n")
 
+    say.check = log.check if log else lambda: None
     return say
 
 

@@ -1355,14 +1355,82 @@ def test_eval_uses_the_precision_of_the_run(tiny, capsys):
 
 def test_two_runs_do_not_share_a_folder(tiny, capsys):
     assert call(*TINY_MLP, "--out", "run") == 0
+    _, held = outputs.claim("run", "run", going_on=True)  # as a run that is alive has it
     with open("run/log.txt", "a") as log:
-        assert outputs.lock(log)  # as a run that is alive has it
         before = log.tell()
         for flags in (["--resume", "run/last.pt", "--epochs", 2], [*TINY_MLP, "--out", "run"]):
             assert call(*flags) == 2
             assert "alive" in capsys.readouterr().err
         assert log.seek(0, 2) == before
+    del held
     assert call("--resume", "run/last.pt", "--epochs", 2) == 0  # the lock went with its owner
+
+
+def test_a_refused_run_deletes_nothing_that_it_did_not_make(tiny):
+    Path("mine/deep").mkdir(parents=True)
+    Path("mine/deep/thesis.txt").write_text("years of work")
+    assert call(*TINY_MLP, "--runs", 2, "--hidden", 10**13, "--out", "mine") == 2
+    assert Path("mine/deep/thesis.txt").read_text() == "years of work"
+    Path("empty").mkdir()
+    assert call(*TINY_MLP, "--runs", 2, "--hidden", 10**13, "--out", "empty") == 2
+    assert Path("empty").is_dir() and not list(Path("empty").iterdir())
+
+
+def test_a_checkpoint_does_not_say_what_is_started_or_written(tiny):
+    """A stranger's last.pt may claim any arguments: it goes on as one run, where it lies."""
+    write_folder(tiny / "pets", (8, 8))
+    run = "--model cnn --widths 4 --data pets --epochs 1 --val-split 0.4 --device cpu --out run".split()
+    assert call(*run) == 0
+    Path("victim").mkdir()
+    Path("victim/thesis.txt").write_text("years of work")
+    last = checkpoints.load("run/last.pt", keys=checkpoints.RESUME_KEYS)
+    last["args"] |= dict(runs=2, out=str(tiny / "victim"), data_dir=str(tiny / "elsewhere"), eval="run/best.pt")
+    checkpoints.save(last, Path("run/last.pt"))
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 0
+    assert [path.name for path in Path("victim").iterdir()] == ["thesis.txt"] and not Path("elsewhere").exists()
+    assert checkpoints.load("run/last.pt")["epoch"] == 2
+
+
+@pytest.mark.parametrize("kept", ["best.pt", "last.pt", "metrics.csv", "result.json", "curves.png"])
+def test_a_folder_that_holds_anything_of_a_run_is_not_taken(kept, tiny, capsys):
+    Path("run").mkdir()
+    Path("run", kept).write_text("of a run")
+    for more in ([], ["--runs", 2]):
+        assert call(*TINY_MLP, "--out", "run", *more) == 2
+        assert "holds a run already" in capsys.readouterr().err
+    assert Path("run", kept).read_text() == "of a run" and [path.name for path in Path("run").iterdir()] == [kept]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_folder_was_moved_writes_nothing_into_another(replaced, tiny, monkeypatch, capsys):
+    real, calls = train.backward, []
+
+    def backward(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.rename("run", "moved")
+            if replaced:
+                Path("run").mkdir()
+                Path("run/last.pt").write_text("of another run")
+        return real(*args)
+
+    monkeypatch.setattr(train, "backward", backward)
+    assert call(*TINY_MLP, "--epochs", 3, "--out", "run") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "was moved away or replaced" in line
+    assert not replaced or [path.name for path in Path("run").iterdir()] == ["last.pt"]
+    assert replaced or not Path("run").exists()
+    monkeypatch.setattr(train, "backward", real)
+    assert call("--resume", "moved/last.pt") == 0
+
+
+def test_a_rotated_log_gives_no_run_away(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    _, log = outputs.claim("run", "run", going_on=True)  # as a run that is alive has it
+    os.rename("run/log.txt", "run/log.txt.1")
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 2
+    assert "alive" in capsys.readouterr().err
+    del log
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tiny, monkeypatch, capsys):

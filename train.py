@@ -16,7 +16,6 @@ import functools
 import itertools
 import math
 import platform
-import shutil
 import signal
 import sys
 import tempfile
@@ -51,11 +50,13 @@ NOT_FINITE = "lower --lr, or add --warmup-epochs or --clip-grad 1"
 def load_data(args, given):
     """The dataset, and what of its training part is trained on and what is held out."""
     fallback = "data" not in given and not args.resume
+    # A checkpoint may name a folder to read from, and none to write into.
+    read_only = bool(args.resume) and "data_dir" not in given and args.data_dir != arguments.DATA_DIR
     if "img_size" in given and not Path(args.data).is_dir():
         raise ValueError(
             f"--img-size {args.img_size} has no effect with --data {args.data}: it's for folders of images"
         )
-    where = dict(data_dir=args.data_dir, img_size=args.img_size, fallback=fallback)
+    where = dict(data_dir=args.data_dir, img_size=args.img_size, fallback=fallback, read_only=read_only)
     data = processes.once_a_machine(lambda: datasets.load(args.data, **where))
     train_part, val_part = datasets.split(data.train, args.val_split, args.seed)
     if args.limit:
@@ -279,6 +280,7 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
         content |= dict(classes=data.classes, image_size=shape[-1], channels=shape[1], mean=data.mean, std=data.std)
         content |= dict(epoch=len(history), metrics=history[-1] if history else {}, args=vars(args))
         if processes.rank() == 0:
+            say.check()
             checkpoints.save(content | more, out / name)
 
     def save_last():
@@ -394,6 +396,7 @@ def draw_curves(history, best, out):
 
 def finish(args, data, model, device, precision, out, say, history, stopped):
     """Read the test set, once, with the best weights, if the run has ended; write result.json and curves.png."""
+    say.check()
     best, test_loss, test_acc = find_best(args, history), None, None
     if stopped in ("finished", "early stop", "time budget"):
         if processes.rank() == 0:
@@ -413,6 +416,7 @@ def finish(args, data, model, device, precision, out, say, history, stopped):
     result |= dict(params=sum(p.numel() for p in model.parameters()), seed=args.seed)
     result |= dict(device=devices.device_name(device), amp=precision, torch=torch.__version__, args=vars(args))
     result |= dict(command=outputs.command(), commit=outputs.commit())
+    say.check()
     outputs.write_result(result, out / "result.json")
     if history and not draw_curves(history, best, out):
         say("no curves.png: pip install matplotlib")
@@ -563,7 +567,7 @@ def run_seeds(args, given):
             break
         results.append(result)
     if status == 2 and not results:
-        shutil.rmtree(folder)  # nothing has been run
+        log.take_back()  # nothing has been run
     if len(results) > 1:
         text, summary = outputs.over_seeds(results)
         say(text)
