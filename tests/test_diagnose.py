@@ -1,0 +1,179 @@
+"""Tests: diagnose."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HERE, TINY_MLP, call, python, same
+from PIL import Image
+
+import checkpoints
+import data as datasets
+import diagnose
+import train
+
+DIAGNOSE = "--model mlp --hidden 64 --data shapes --batch-size 64 --epochs 4 --device cpu".split()
+
+
+def diagnosed(*argv):
+    try:
+        return diagnose.main([str(a) for a in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+def failed_checks(said):
+    return {line[4:19].strip() for line in said.splitlines() if line.startswith("FAIL")}
+
+
+def plant_in_data(monkeypatch, data, change):
+    """Let a set-up see its data after `change`. The test labels are gone: reading them would raise."""
+    data = datasets.Data(data.name, data.classes, data.mean, data.std, data.train, data.test)
+    change(data)
+    real = train.load_data
+
+    def load_data(*args):
+        loaded, *parts = real(*args)
+        loaded.test = (loaded.test[0], None)
+        return loaded, *parts
+
+    monkeypatch.setattr(datasets, "shapes", lambda: data)
+    monkeypatch.setattr(train, "load_data", load_data)
+
+
+def plant_in_model(monkeypatch, change):
+    real = train.build
+
+    def build(*args):
+        model = real(*args)
+        change(model)
+        return model
+
+    monkeypatch.setattr(train, "build", build)
+
+
+def wrong_constants(data):
+    data.mean, data.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def shuffled_labels(data):
+    images, labels = data.train
+    data.train = images, labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+
+
+def copies_in_train(data):
+    images, labels = data.train
+    data.train = torch.cat([images, images[:50]]), torch.cat([labels, labels[:50]])
+
+
+def copies_in_test(data):
+    data.test = torch.cat([data.train[0][:1], data.test[0]]), torch.cat([data.train[1][:1], data.test[1]])
+
+
+def frozen_layer(model):
+    model.layers[1].weight.requires_grad_(False)
+
+
+def dead_model(model):
+    model.layers.register_forward_hook(lambda module, inputs, out: out * 0)
+
+
+def sees_the_batch(model):
+    model.register_forward_hook(lambda module, inputs, out: out - out.mean(0))
+
+
+def loud_head(model):
+    torch.nn.init.normal_(model.head.weight)
+
+
+@pytest.mark.parametrize(
+    "data_fault, model_fault, flags, found",
+    [
+        (None, None, "", set()),
+        (wrong_constants, None, "", {"normalisation"}),
+        (None, frozen_layer, "", {"gradients"}),
+        (shuffled_labels, None, "", {"labels"}),
+        (copies_in_train, None, "", {"overlap"}),
+        (copies_in_test, None, "", {"overlap"}),
+        (None, None, "--lr 2", {"rate"}),
+        (None, dead_model, "", {"memory", "gradients"}),
+        (None, sees_the_batch, "", {"alone"}),
+        (None, loud_head, "", {"first loss"}),
+        (None, None, "--t-max 1", {"schedule"}),
+    ],
+)
+def test_diagnose_finds_planted_faults(data_fault, model_fault, flags, found, tiny, monkeypatch, middling, capsys):
+    plant_in_data(monkeypatch, middling, data_fault or (lambda data: None))
+    plant_in_model(monkeypatch, model_fault or (lambda model: None))
+    assert diagnosed(*DIAGNOSE, *flags.split()) == (1 if found else 0)
+    said = capsys.readouterr().out
+    assert failed_checks(said) == found, said
+    assert len(said.splitlines()) == len(diagnose.CHECKS) + 1
+    assert list(tiny.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags", ["--opt lbfgs", "--opt sgd --sched plateau --amp bf16", "--accum 9", "--val-split 0", "--smoothing 0.5"]
+)
+def test_diagnose_takes_other_set_ups(flags, tiny, monkeypatch, middling, capsys):
+    plant_in_data(monkeypatch, middling, lambda data: None)
+    assert diagnosed(*DIAGNOSE, *flags.split()) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, frozen", [("", 1), ("--freeze body.0 --freeze body.2", 5)])
+def test_diagnose_knows_what_is_frozen_on_purpose(flags, frozen, tiny, monkeypatch, middling, capsys):
+    plant_in_data(monkeypatch, middling, lambda data: None)
+    diagnosed("--model", "cnn", "--widths", "16,16", "--data", "shapes", *flags.split())
+    said = capsys.readouterr().out
+    assert f"parameters learn ({frozen} are frozen)" in said and "gradients" not in failed_checks(said), said
+
+
+def test_diagnose_of_few_images_says_that_they_are_few(tiny, capsys):
+    assert diagnosed(*TINY_MLP, "--epochs", 2) == 0
+    assert "too few to tell" in capsys.readouterr().out
+
+
+def test_find_lr_leaves_the_weights_alone_and_suggests_a_rate_that_learns(tiny, monkeypatch, middling, capsys):
+    monkeypatch.setattr(datasets, "shapes", lambda: middling)
+    s = diagnose.set_up(*diagnose.parse_args(DIAGNOSE)[:2])
+    before = {k: v.clone() for k, v in s.model.state_dict().items()}
+    rates, smooth, suggestion = diagnose.find_lr(s)
+    assert same(before, dict(s.model.state_dict()))
+    assert rates[0] == 1e-7 and len(rates) == len(smooth) and rates == sorted(rates)
+    assert 1e-4 < suggestion < 0.1
+    losses = {}
+    for lr in (suggestion, suggestion / 100, suggestion * 100):
+        assert call(*DIAGNOSE, "--lr", lr, "--out", f"lr{lr}") == 0
+        losses[lr] = checkpoints.load(f"lr{lr}/last.pt")["metrics"]["train_loss"]
+    assert min(losses, key=losses.get) == suggestion, losses
+
+    capsys.readouterr()
+    assert diagnosed(*DIAGNOSE, "--find-lr", "rates.png") == 0
+    assert f"try --lr {suggestion:.1g} " in capsys.readouterr().out and Image.open("rates.png").width > 600
+
+
+def test_find_lr_stops_when_the_loss_diverges(tiny, monkeypatch, middling):
+    monkeypatch.setattr(datasets, "shapes", lambda: middling)
+    args = diagnose.parse_args([*DIAGNOSE, "--opt", "sgd", "--no-batch-norm"])[:2]
+    rates, smooth, _ = diagnose.find_lr(diagnose.set_up(*args))
+    assert rates[-1] < 9 and not smooth[-1] < 2 * min(smooth) and all(x < 2 * min(smooth) for x in smooth[:-1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["--find-lr a.jpg", "--find-lr nowhere/a.png", "--find-lr --opt lbfgs", "--find", "--eval best.pt", "--lr -1",
+     "--opt adamax", "--data nowhere", "--opt muon", "--lr-scale haed=2"],
+)  # fmt: skip
+def test_diagnose_refuses_in_one_line(wrong, tiny, capsys):
+    Path("best.pt").touch()
+    assert diagnosed(*DIAGNOSE, *wrong.split()) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "error: " in said and wrong.split()[0] in said, said
+
+
+def test_diagnose_command_line(tmp_path, capsys):
+    assert diagnosed("--help") == 0
+    said = capsys.readouterr().out
+    assert "--find-lr" in said and "train.py" in said
+    done = python(HERE / "diagnose.py", "--opt", "adamax", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("diagnose.py: error: ")

@@ -1,0 +1,153 @@
+"""Tests: distributed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import HERE, TINY_MLP, assert_same_run, call, python
+
+import arguments
+import checkpoints
+import data as datasets
+import processes
+import train
+
+
+def torchrun(count, *argv, cwd, restarts=0):
+    options = ["--nproc_per_node", count, "--max-restarts", restarts, "--monitor-interval", 0.1]
+    return python("-m", "torch.distributed.run", *options, *argv, cwd=cwd)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_processes_follow_the_run_of_one(count, tmp_path):
+    # The last batch has one image: fewer than there are processes.
+    flags = "--hidden 32 --no-batch-norm --dropout 0 --data shapes --epochs 2 --limit 301 --val-split 501"
+    flags = [*flags.split(), *"--batch-size 100 --amp off --device cpu --clip-grad 1 --out".split()]
+    assert python(HERE / "train.py", *flags, "one", cwd=tmp_path).returncode == 0
+    done = torchrun(count, HERE / "train.py", *flags, "many", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.startswith("epoch ")]) == 2
+    one, many = (checkpoints.load(tmp_path / run / "last.pt", keys=checkpoints.RESUME_KEYS) for run in ("one", "many"))
+    assert torch.allclose(one["seen"], many["seen"], rtol=1e-5) and len(one["seen"]) == 4
+    for a, b in zip(one["history"], many["history"], strict=True):
+        assert a["val_acc"] == b["val_acc"] and a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-5)
+        assert a["train_acc"] == b["train_acc"]
+    results = [json.loads((tmp_path / run / "result.json").read_text()) for run in ("one", "many")]
+    assert results[0]["test_acc"] == results[1]["test_acc"]
+    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=1e-5)
+    assert not any(name.startswith("module.") for name in many["state_dict"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["", "--ema 0.9"])
+def test_processes_validate_one_model_though_batch_norms_differ(more, tmp_path):
+    flags = "--hidden 32 --data shapes --epochs 2 --limit 501 --val-split 2000 --batch-size 100 --amp off --device cpu"
+    assert torchrun(2, HERE / "train.py", *flags.split(), *more.split(), "--out", "run", cwd=tmp_path).returncode == 0
+    best = checkpoints.load(tmp_path / "run" / "best.pt")
+    data = datasets.shapes()
+    part = datasets.split(data.train, 2000, 0)[1]
+    loss, acc = train.evaluate(arguments.rebuild(best), part, data, torch.device("cpu"), "fp32")
+    assert best["metrics"]["val_acc"] == acc and best["metrics"]["val_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_mistakes_are_said_once(tmp_path):
+    for wrong in (["--lr", -1], ["--data", "nowhere"], ["--opt", "lbfgs"], ["--epohcs", 3]):
+        done = torchrun(2, HERE / "train.py", "--data", "shapes", *wrong, cwd=tmp_path)
+        assert done.returncode and done.stderr.count("train.py: error:") == 1, (wrong, done.stderr)
+        assert not list(tmp_path.iterdir())
+
+
+DYING = f"""
+import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import processes, train
+real, calls = train.backward, []
+def backward(*args):
+    calls.append(1)
+    if processes.rank() == 1 and len(calls) == 25 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+train.backward = backward
+sys.exit(train.main())
+"""
+
+
+TWO = "--hidden 32 --data shapes --limit 1000 --batch-size 100 --epochs 4 --device cpu --out run".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_process_that_dies_ends_the_run_or_starts_it_anew(restarts, tmp_path):
+    (tmp_path / "dying.py").write_text(DYING)
+    start = time.perf_counter()
+    done = torchrun(2, "dying.py", *TWO, cwd=tmp_path, restarts=restarts)
+    assert time.perf_counter() - start < 60
+    assert "train.py: error: process 0 stops" in done.stderr
+    last = checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)
+    assert (done.returncode == 0) == bool(restarts) and last["epoch"] == (4 if restarts else 2)
+    if restarts:
+        straight = torchrun(2, HERE / "train.py", *TWO[:-1], "straight", cwd=tmp_path)
+        assert straight.returncode == 0
+        assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_machines_start_anew_together(tmp_path):
+    """Two agents of torchrun, as on two machines. Only one of them counts the failure as its own."""
+    (tmp_path / "dying.py").write_text(DYING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = f"--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{port} --local-addr 127.0.0.1 --monitor-interval 0.1"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--max-restarts", "3", *meeting.split()]
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    output = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    agents = [subprocess.Popen([*command, "dying.py", *TWO], cwd=tmp_path, env=env, **output) for _ in range(2)]
+    said = "".join(agent.communicate(timeout=120)[1] for agent in agents)
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert "process 0 stops" in said
+    assert checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)["epoch"] == 4
+
+
+def test_a_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in dict(LOCAL_RANK=1, LOCAL_WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    assert processes.own_device(torch.device("cuda")) == torch.device("cuda", 1)
+    assert processes.own_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="--nproc_per_node 3 must be at most 2"):  # in all of them: the first says it
+        processes.own_device(torch.device("cuda"))
+
+
+def test_a_run_for_minutes_is_started_anew(tiny, monkeypatch):
+    flags = [word for word in TINY_MLP if word not in ("--epochs", "1")]
+    flags += ["--minutes", 0.01, "--out", "run"]
+    assert call(*flags) == 0
+    assert call(*flags, "--resume", "run/last.pt") == 2
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert call(*flags) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_in_every_process(number, tmp_path):
+    flags = "--hidden 32 --data shapes --epochs 500 --device cpu --out run".split()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", HERE / "train.py", *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            process.send_signal(number)
+            break
+    said = process.communicate(timeout=60)[0]
+    assert "--resume run/last.pt" in said
+    last = checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)
+    assert last["step"] > 0 and len(last["rng"]) == 2

@@ -1,0 +1,288 @@
+"""Tests: optimizers."""
+
+import contextlib
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, TINY_MLP, VIT, call, images_for, rates, same
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import arguments
+import bench
+import checkpoints
+import cnn_cifar10
+import data as datasets
+import mlp_mnist
+import optimizers
+import schedulers
+import train
+import vit
+
+
+@pytest.mark.parametrize("opt", optimizers.OPTIMIZERS)
+def test_every_optimizer_with_every_schedule(opt, tiny):
+    for sched in schedulers.SCHEDULES:
+        out = tiny / f"{opt}-{sched}"
+        assert call(*TINY_MLP, "--hidden", "8,8", "--opt", opt, "--sched", sched, "--out", out, "--epochs", 1) == 0
+        state = checkpoints.load(out / "last.pt")
+        assert state["step"] == 2
+        assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+
+
+def test_compile_changes_no_name_and_no_number(tiny, monkeypatch, capsys):
+    """With a compiler that leaves everything as it is; the true one needs a C++ compiler and half a minute."""
+    compile_model = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_model(model, backend="eager"))
+    assert call(*TINY_MLP, "--out", "plain") == 0 and call(*TINY_MLP, "--out", "compiled", "--compile") == 0
+    plain, compiled = (checkpoints.load(f"{name}/best.pt") for name in ("plain", "compiled"))
+    assert same(plain["state_dict"], compiled["state_dict"]) and "compiled\n" in capsys.readouterr().out
+
+    def broken(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_model(model, backend=broken))
+    assert call(*TINY_MLP, "--compile") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--no-compile" in line
+
+
+class ReadsNothing(TorchDispatchMode):
+    """Refuses what makes the host wait for the device: a number that is read from a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--model mlp --data shapes --hidden 8",
+        "--model cnn --data shapes --widths 4,8",
+        "--model vit --data shapes --dim 16 --depth 1 --heads 2 --drop-path 0.1 --augment strong --reprob 0.5",
+    ],
+)
+def test_no_step_waits_for_the_device(device, flags, monkeypatch):
+    monkeypatch.setattr(datasets, "AT_ONCE", 1)  # so that each step augments images, too
+    steps = bench.ours(bench.set_up([*flags.split(), "--device", device]), False)
+    next(steps)
+    with contextlib.ExitStack() as watch:
+        watch.enter_context(ReadsNothing())
+        if device == "cuda":  # torch sees other waits there, too
+            torch.cuda.set_sync_debug_mode("error")
+            watch.callback(torch.cuda.set_sync_debug_mode, "default")
+        for _ in range(3):
+            next(steps)
+    with pytest.raises(AssertionError), ReadsNothing():
+        torch.ones(1).item()
+
+
+def test_lbfgs_with_convolutions(tiny):
+    """It flattens gradients, which channels_last would forbid."""
+    assert call("--model", "cnn", "--widths", "4", *TINY, "--opt", "lbfgs") == 0
+
+
+@pytest.mark.parametrize("opt", optimizers.OPTIMIZERS)
+def test_every_optimizer_learns_at_its_own_rate(opt):
+    """Each one lowers a simple loss at the rate that it gets when nobody says another."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 3)
+    if opt == "muon":  # it's for hidden layers
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 3))
+    images, labels = torch.randn(64, 8), torch.arange(64) % 3
+    labels = (images[:, :3] + images[:, 3:6]).argmax(1)
+    args = arguments.parse(["--opt", opt])[0]
+    optimizer, loss = train.make_optimizer(args, model), train.make_loss(args, None, None, None)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    losses = []
+    for step in range(20 if opt == "lbfgs" else 250):
+
+        def gradient():
+            return train.backward(model, images, labels, 64, loss, args, "fp32", scaler, optimizer)
+
+        if opt == "lbfgs":
+            losses.append(optimizers.step_with_closure(optimizer, gradient, step)[0].item())
+        else:
+            losses.append(gradient()[0].item())
+            optimizer.step()
+    assert losses[-1] < 0.93 * losses[0], losses[::30]
+
+
+def test_whitening_takes_the_correlation_out():
+    torch.manual_seed(0)
+    images = torch.randn(200, 3, 16, 16).cumsum(2).cumsum(3)
+    model = cnn_cifar10.CNN(image_size=16, widths=(4, 8))
+    model.whiten(images)
+    outputs = model.body[0](images) - model.body[0].bias[:, None, None]
+    outputs = outputs.transpose(0, 1).flatten(1)
+    assert torch.allclose(outputs[:12], -outputs[12:], atol=1e-4)
+    assert torch.allclose(outputs[:12] @ outputs[:12].T / outputs.shape[1], torch.eye(12), atol=0.05)
+    assert not model.body[0].weight.requires_grad and model.body[0].bias.requires_grad
+    plain = cnn_cifar10.CNN(arch="plain", image_size=16)
+    plain.whiten(images)
+    assert all(p.requires_grad for p in plain.parameters())
+
+
+def test_convolutions_start_as_the_identity_of_their_inputs():
+    conv = cnn_cifar10.conv_norm_act(4, 8)["conv"]
+    images = torch.randn(2, 4, 6, 6)
+    assert torch.equal(conv(images)[:, :4], images) and not torch.equal(conv(images)[:, 4:], images)
+
+
+def test_rates_by_pattern():
+    model = cnn_cifar10.CNN(widths=(4, 8))
+    groups = optimizers.parameter_groups(model, weight_decay=0, lr=0.5, lr_scale=[("*.norm.bias", 64.0), ("head", 2)])
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert rate[id(parameter)] == 0.5 * (64 if name.endswith("norm.bias") else 2 if "head" in name else 1), name
+    with pytest.raises(ValueError, match=r"--lr-scale \*\.nrom\.bias: no parameter"):
+        optimizers.parameter_groups(model, weight_decay=0, lr=1, lr_scale=[("*.nrom.bias", 64.0)])
+
+
+def test_weight_decay_is_for_matrices():
+    model = vit.ViT(**VIT)
+    spared, decayed = ({}, {})
+    for group in optimizers.parameter_groups(model, weight_decay=0.1):
+        names = {n for n, p in model.named_parameters() if any(p is q for q in group["params"])}
+        (decayed if group["weight_decay"] else spared).update(dict.fromkeys(names))
+    assert set(spared) | set(decayed) == {n for n, _ in model.named_parameters()} and not set(spared) & set(decayed)
+    assert {"cls_token", "pos_embedding", "norm.weight", "head.bias"} <= set(spared)
+    assert all(n.endswith("weight") and "norm" not in n for n in decayed)
+    groups = optimizers.parameter_groups(model, weight_decay=0.1, decay_all=True)
+    assert [g["weight_decay"] for g in groups] == [0.1] and len(groups[0]["params"]) == len(list(model.parameters()))
+
+
+def test_adam_couples_weight_decay_and_adamw_does_not():
+    """With a gradient of 0, AdamW shrinks a weight by lr * decay; Adam turns the decay into a full step of lr."""
+    after = {}
+    for opt in ("adam", "adamw"):
+        weight = torch.nn.Parameter(torch.full((2, 2), 5.0))
+        groups = [dict(params=[weight], weight_decay=0.1)]
+        optimizer = optimizers.OPTIMIZERS[opt](groups, lr=0.01, opt_betas=(0.9, 0.999))
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        after[opt] = weight[0, 0].item()
+    assert after["adamw"] == pytest.approx(5 * (1 - 0.01 * 0.1))
+    assert after["adam"] == pytest.approx(5 - 0.01)
+
+
+def test_muon_without_a_hidden_layer_is_refused(tiny, capsys):
+    assert call(*TINY_MLP, "--hidden", "8", "--opt", "muon") == 2
+    assert "--opt adamw" in capsys.readouterr().err
+    assert call(*TINY_MLP, "--hidden", "8,4", "--opt", "muon") == 0
+    assert "32 by Muon" in capsys.readouterr().out
+    last = checkpoints.load(next(Path("runs").glob("*/last.pt")), keys=checkpoints.RESUME_KEYS)
+    for state in last["optimizer"]["state"].values():
+        state.pop("momentum_buffer", None)
+    checkpoints.save(last, Path("odd.pt"))
+    assert call("--resume", "odd.pt", "--epochs", 2) == 0  # as if it had not begun yet
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (16, 16)])
+def test_orthogonal_makes_singular_values_alike(shape):
+    torch.manual_seed(0)
+    result = optimizers.orthogonal(torch.randn(3, *shape)).float()
+    assert result.shape == (3, *shape)
+    values = torch.linalg.svdvals(result)
+    assert 0.5 < values.min() and values.max() < 1.4
+
+
+def test_muon_is_for_hidden_matrices_and_adamw_for_the_rest():
+    torch.manual_seed(0)
+    model = cnn_cifar10.CNN(image_size=8, widths=(8, 96)).to(memory_format=torch.channels_last)  # 96 by 72: a tall one
+    parts = [parameter for _, parameter in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters()]
+    options = dict(lr=0.01, weight_decay=0.5)
+    optimizer = optimizers.muon(
+        optimizers.parameter_groups(model, **options, hidden=True), lr=0.01, momentum=0.9, opt_betas=(0.9, 0.99)
+    )
+    marked = {id(p) for group in optimizer.param_groups if group["hidden"] for p in group["params"]}
+    assert {n for n, p in zip(names, parts, strict=True) if id(p) in marked} == {
+        n for n in names if n.endswith("conv.weight")
+    }
+    twin = copy.deepcopy(model)
+    adamw = torch.optim.AdamW(optimizers.parameter_groups(twin, **options), 0.01, (0.9, 0.99), fused=True)
+    before = [parameter.detach().clone() for parameter in parts]
+    for pair in zip(parts, twin.parameters(), strict=True):
+        pair[0].grad = torch.randn_like(pair[0])
+        pair[1].grad = pair[0].grad.clone()
+    optimizer.step()
+    adamw.step()
+    for old, new, other in zip(before, parts, twin.parameters(), strict=True):
+        if id(new) in marked:
+            moved = (new - 0.995 * old).flatten(1)
+            values = torch.linalg.svdvals(moved) / (0.01 * 0.2 * max(moved.shape) ** 0.5)
+            assert 0.5 < values.min() and values.max() < 1.4
+        else:
+            assert torch.equal(new, other)
+
+
+def test_pieces_add_up_to_the_batch():
+    model = mlp_mnist.MLP(hidden=(16,), batch_norm=False, dropout=0)
+    images, labels = images_for(model, 23), torch.arange(23) % 10
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    gradients, results = [], []
+    for accum in (1, 4):
+        args = arguments.parse(["--accum", str(accum), "--smoothing", "0.1"])[0]
+        loss = train.make_loss(args, None, None, None)
+        results.append(train.backward(model, images, labels, 23, loss, args, "fp32", scaler, optimizer))
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert torch.allclose(results[0], results[1], rtol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
+
+
+def test_layer_rates_are_powers_of_the_decay_by_depth_from_the_top():
+    found = rates(vit.ViT(**VIT), layer_decay=0.5)  # two blocks
+    for name, rate in found.items():
+        above = {"head": 0, "norm": 0, "blocks": 1}.get(name.split(".")[0], 3)
+        above += name.startswith("blocks.0.")
+        assert rate == 0.5**above, name
+    assert {"cls_token", "pos_embedding", "patch_embedding.weight"} <= {n for n, rate in found.items() if rate == 0.125}
+
+    found = rates(mlp_mnist.MLP(hidden=(32, 16)), layer_decay=0.5)  # linear 1, norm 2, linear 5, norm 6
+    assert all(
+        rate == {"layers.1": 0.25, "layers.2": 0.25}.get(n[:8], 0.5) for n, rate in found.items() if "head" not in n
+    )
+    assert found["head.weight"] == found["head.bias"] == 1
+
+    found = rates(cnn_cifar10.CNN(widths=(4, 8)), layer_decay=0.5)
+    assert found["head.weight"] == 1 and found["body.0.weight"] == found["body.0.bias"] == 0.5**5
+    weights = [rate for name, rate in found.items() if name.startswith("body") and rate and name.endswith("weight")]
+    assert weights == sorted(weights) and set(weights) == {0.5**k for k in range(1, 6)}
+    assert rates(cnn_cifar10.CNN(arch="plain"), layer_decay=0.1)["body.0.bias"] == pytest.approx(1e-4)
+
+
+def test_layer_rates_by_prefix():
+    model = vit.ViT(**VIT | dict(depth=11))
+    found = rates(model, lr_scale=[("blocks.1", 0.5), ("head", 3.0), ("blocks", 0.1)])
+    assert found["blocks.1.norm_1.bias"] == 0.05 and found["blocks.10.norm_1.bias"] == 0.1  # 1 isn't 10
+    assert found["head.weight"] == 3 and found["cls_token"] == 1
+    with pytest.raises(ValueError, match=r"--lr-scale pos_embeding: .* pos_embedding"):
+        rates(model, lr_scale=[("pos_embeding", 1)])
+    with pytest.raises(ValueError, match="patch_embedding, blocks, norm, head"):
+        rates(model, lr_scale=[("qqq", 1)])
+    for wrong in (
+        dict(lr_scale=[("head", 0)]),
+        dict(lr_scale=[("head", math.nan)]),
+        dict(layer_decay=0),
+        dict(layer_decay=2),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            rates(model, **wrong)
+    with pytest.raises(ValueError, match="need lr"):
+        optimizers.parameter_groups(model, weight_decay=0, layer_decay=0.5)
+
+
+def test_groups_are_described_by_rate():
+    model = vit.ViT(**VIT)
+    options = dict(lr=0.01, weight_decay=0.1, layer_decay=0.5, lr_scale=[("blocks.1.mlp", 2)])
+    lines = optimizers.describe_groups(model, optimizers.parameter_groups(model, **options))
+    assert lines[0] == "lr 0.01: blocks.1.mlp, norm, head (4,586 parameters, 4,416 with weight decay)"
+    assert lines[1].startswith("lr 0.005: blocks.1.norm_1, blocks.1.attention, blocks.1.norm_2 (")
+    assert lines[3].startswith("lr 0.00125: cls_token, pos_embedding, patch_embedding (3,680 parameters, 1,536 with")
+    assert len(lines) == 4

@@ -1,0 +1,367 @@
+"""Tests: predict."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    HERE,
+    TINY_MLP,
+    VIT,
+    call,
+    give_head_weights,
+    images_for,
+    missing,
+    python,
+    rows,
+    scripted,
+    write_folder,
+)
+from PIL import Image
+
+import arguments
+import checkpoints
+import cnn_cifar10
+import data as datasets
+import devices
+import mlp_mnist
+import outputs
+import plot
+import predict
+import report
+import train
+import vit
+
+DRAW = plot.draw  # which the fixture tiny replaces
+
+
+def curve_rows(accuracies, lr=0.1):
+    return [dict(r, train_acc=r["val_acc"], val_loss=1.0) for r in rows(accuracies, lr=lr)]
+
+
+def fake_run(folder, accuracies, best_epoch=None, **args):
+    folder.mkdir(parents=True)
+    names = {k: 0 for k in outputs.COLUMNS}
+    outputs.write_metrics([names | row for row in curve_rows(accuracies)], folder / "metrics.csv")
+    args = dict(model="mlp", data="a/long/path", opt="adamw", lr=0.1, out=str(folder), seed=0, flip=False) | args
+    result = dict(data="pets", seed=args["seed"], best_epoch=best_epoch or len(accuracies), args=args)
+    outputs.write_result(result, folder / "result.json")
+    return folder
+
+
+def test_runs_are_named_by_what_differs(tmp_path):
+    def named(*arguments):
+        folders = [fake_run(tmp_path / f"{len(list(tmp_path.iterdir()))}", [0.5, 0.6], **a) for a in arguments]
+        return [name.removeprefix(f"{tmp_path}/") for name in plot.collect(folders)[0]]
+
+    assert named(dict(opt="sgd"), dict(opt="adamw")) == ["sgd", "adamw"]
+    assert named(dict(opt="sgd", lr=1.0), dict(opt="sgd", lr=0.1), dict(seed=1)) == ["sgd, lr 1", "sgd, lr 0.1",
+                                                                                      "adamw, lr 0.1"]  # fmt: skip
+    assert named(dict(flip=True), dict(seed=3)) == ["flip", "no flip"]
+    assert named(dict(hidden=[8]), dict(hidden=[8, 8])) == ["hidden [8]", "hidden [8, 8]"]
+    assert named(dict(opt="sgd"), dict(seed=1), dict(seed=2)) == [
+        "sgd",
+        "adamw (mean \N{PLUS-MINUS SIGN} sd of 2 seeds)",
+    ]
+    before = len(list(tmp_path.iterdir()))
+    assert named({}, {}) == [f"{before}", f"{before + 1}"]  # the same run twice isn't two seeds
+    (tmp_path / "0" / "result.json").unlink()  # as while it goes on
+    assert next(iter(plot.collect([tmp_path / "0", tmp_path / "1"])[0])) == str(tmp_path / "0")
+
+
+def test_seeds_become_mean_and_band_as_far_as_all_of_them_go():
+    epochs, means, spreads = plot.mean_and_spread(curve_rows([0.2, 0.5, 0.9]) + curve_rows([0.4, 0.5]), "val_acc")
+    assert epochs == [1, 2] and means == pytest.approx([0.3, 0.5]) and spreads == pytest.approx([0.02**0.5, 0])
+
+
+def test_plot_command_line(tmp_path):
+    for name, more in (("a", {}), ("b", dict(seed=1)), ("c", dict(opt="sgd"))):
+        fake_run(tmp_path / name, [0.5, 0.7, 0.6], **more)
+    done = python(HERE / "plot.py", "a", "b", "c", "--out", "three.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "three.png").size == (1500, 558)
+    for wrong, word in ((["nowhere"], "nowhere"), (["a", *(f"r{i}" for i in range(9))], "10 curves")):
+        if "r0" in wrong:
+            for i in range(9):
+                fake_run(tmp_path / f"r{i}", [0.5], lr=float(i + 1))
+        done = python(HERE / "plot.py", *wrong, cwd=tmp_path)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("accuracies", [[0.5], [math.nan, math.nan], [0.5, math.nan, 0.7]])
+def test_curves_of_short_runs_and_without_validation(accuracies, tmp_path):
+    plot.draw({"a run": curve_rows(accuracies)}, tmp_path / "a.png", best={"a run": 1})
+    assert Image.open(tmp_path / "a.png").size == (1500, 558)
+
+
+def test_curves_are_drawn_on_the_way(tiny, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda runs, path, best: drawn.append((len(runs["run"]), best["run"])))
+    monkeypatch.setattr(train, "DRAW_EVERY", 0)
+    scripted(monkeypatch, [0.1, 0.3, 0.2])
+    assert call(*TINY_MLP, "--epochs", 3, "--out", "run") == 0
+    assert drawn == [(1, 1), (2, 2), (3, 2), (3, 2)]
+
+
+def test_a_run_without_matplotlib_and_tensorboard(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "draw", DRAW)
+    missing(monkeypatch, "matplotlib", "tensorboard", "torch.utils.tensorboard")
+    assert call(*TINY_MLP, "--tensorboard", "--out", "run") == 0
+    said = capsys.readouterr().out
+    assert "pip install matplotlib" in said and "pip install tensorboard" in said
+    assert not Path("run/curves.png").exists() and Path("run/result.json").exists()
+
+
+def test_tensorboard_gets_what_the_table_has(tiny, monkeypatch):
+    written = {}
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.flush = lambda: None
+
+        def add_scalar(self, name, value, step):
+            written[name, step] = value
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("fake", (), dict(SummaryWriter=SummaryWriter)))
+    assert call(*TINY_MLP, "--epochs", 2, "--val-split", 0, "--tensorboard", "--out", "run") == 0
+    history = checkpoints.load("run/last.pt", keys=checkpoints.RESUME_KEYS)["history"]
+    names = {"lr", "train_loss", "train_acc", "seconds", "images_per_second"}  # nothing was validated
+    assert written == {(name, row["step"]): row[name] for row in history for name in names}
+
+
+@pytest.fixture
+def trained(tiny):
+    """Tiny checkpoints by name, of models with random heads, made without training."""
+
+    def make(name, model, data, **more):
+        content = dict(model=name.split("-")[0], model_args=model.model_args, classes=data.classes, epoch=1, metrics={})
+        content |= dict(image_size=data.test[0].shape[-1], channels=data.test[0].shape[1], mean=data.mean, std=data.std)
+        content |= dict(
+            state_dict=give_head_weights(model).state_dict(), args=dict(val_split=0.1, seed=0, data=data.name)
+        )
+        checkpoints.save(content | more, f"{name}.pt")
+
+    torch.manual_seed(0)
+    shapes = datasets.shapes()
+    grey = [
+        (images.float().mean(1, keepdim=True).byte()[:, :, :28, :28], y) for images, y in (shapes.train, shapes.test)
+    ]
+    grey = datasets.Data("grey", [str(i) for i in range(10)], (0.13,), (0.31,), *grey)
+    make("mlp", mlp_mnist.MLP(hidden=(32,)), grey)
+    make("cnn", cnn_cifar10.CNN(widths=(4, 8)), shapes)
+    small = dict(image_size=32, patch_size=8, num_classes=10, dim=16, depth=2, heads=2, mlp_dim=16)
+    make("vit-mean", vit.ViT(**small, pool="mean"), shapes)
+    make("vit-cls", vit.ViT(**small, pool="cls"), shapes)
+    return grey, shapes
+
+
+def save_images(images, folder):
+    folder.mkdir()
+    for i, image in enumerate(images):
+        image = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+        Image.fromarray(image.numpy()).save(folder / f"{i:03}.png")
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_predictions_of_saved_images_are_those_of_the_tensors(name, trained, tiny, capsys):
+    data = trained[name == "cnn"]
+    save_images(data.test[0], tiny / "images")
+    assert predict.main([f"{name}.pt", "images", "--json", "--top", "10"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    checkpoint = checkpoints.load(f"{name}.pt")
+    device = torch.device("cpu")
+    model = arguments.rebuild(checkpoint).eval()
+    expected = predict.logits_of(model, data.test[0], checkpoint, device).softmax(1)
+    assert [line["file"] for line in lines] == [f"images/{i:03}.png" for i in range(40)]
+    assert [line["class"] for line in lines] == [data.classes[i] for i in expected.argmax(1)]
+    assert [line["probability"] for line in lines] == pytest.approx(expected.amax(1).tolist(), abs=1e-6)
+    assert all(sum(c["probability"] for c in line["top"]) == pytest.approx(1, abs=1e-4) for line in lines)
+    right = sum(line["class"] == data.classes[y] for line, y in zip(lines, data.test[1], strict=True)) / 40
+    assert right == train.evaluate(model, data.test, data, device, devices.choose_precision("auto", device))[1]
+
+
+def test_predict_as_text_crops_inverts_and_hints(trained, tiny, capsys):
+    digit = trained[0].test[0][0, 0]
+    Image.fromarray(digit.numpy()).save("dark.png")
+    wide = torch.full((28, 40), 255, dtype=torch.uint8)
+    wide[:, 6:34] = 255 - digit
+    Image.fromarray(wide.numpy()).save("photo.png")
+    light = Image.fromarray(torch.stack([wide] * 3, 2).numpy()).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 270 degrees
+    light.save("turned.png", exif=exif)
+    Image.new("L", (28, 28), 255).save("white.png")
+    assert predict.main(["mlp.pt", "dark.png", "--top", "2"]) == 0
+    expected = capsys.readouterr().out.removeprefix("dark.png: ")
+    assert expected.count(" %") == 2 and expected.count(",") == 1
+    assert predict.main(["mlp.pt", "photo.png", "turned.png", "--top", "2", "--invert"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"photo.png: {expected}turned.png: {expected}"
+    assert "2 of 2 images aren't square" in said.err and "hint" not in said.err
+    assert predict.main(["mlp.pt", "white.png", "dark.png"]) == 0
+    assert "1 of 2 images look dark on light" in capsys.readouterr().err
+    assert predict.main(["cnn.pt", "white.png"]) == 0  # of colour models light backgrounds are no surprise
+    assert "hint" not in capsys.readouterr().err
+
+
+def test_predict_names_what_is_no_image_and_reads_the_rest(trained, tiny, capsys):
+    save_images(trained[1].test[0][:2], tiny / "images")
+    Path("images/000a.png").write_bytes(b"no image")
+    Path("images/notes.txt").write_text("not looked at")
+    assert predict.main(["cnn.pt", "images"]) == 2
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2
+    assert len(said.err.splitlines()) == 1 and "000a.png can't be read as an image" in said.err
+
+
+PREDICT_WRONG = [
+    "nowhere.pt image.png", "text.pt image.png", "cnn.pt", "cnn.pt nowhere.png", "cnn.pt empty", "cnn.pt text.pt",
+    "cnn.pt image.png --top 0", "cnn.pt image.png --top 11", "cnn.pt image.png --device tpu",
+    "cnn.pt image.png --out x", "cnn.pt image.png --data-dir x",
+    "cnn.pt --report nowhere", "cnn.pt --report pets", "cnn.pt image.png --report shapes", "mlp.pt --report shapes",
+    "cnn.pt --report shapes --top 0", "cnn.pt --report shapes --export x.pt2", "cnn.pt image.png --attention a.png",
+    "vit-cls.pt --attention a.png", "vit-cls.pt image.png image.png --attention a.png", "cnn.pt --export model.txt",
+    "vit-cls.pt image.png --attention a.nothing", "cnn.pt --export nowhere/model.pt2", "cnn.pt --export x.pt2 --invert",
+]  # fmt: skip
+
+
+def test_predict_refuses_in_one_line(trained, tiny, capsys):
+    Image.new("RGB", (32, 32)).save("image.png")
+    Path("text.pt").write_text("no checkpoint")
+    Path("empty").mkdir()
+    write_folder(tiny / "pets", (32, 32))
+    before = {path for path in tiny.rglob("*") if "data" not in path.parts[-3:]}
+    for wrong in PREDICT_WRONG:
+        assert predict.main(wrong.split()) == 2, wrong
+        said = capsys.readouterr()
+        assert len(said.err.splitlines()) == 1 and "predict.py: error: " in said.err and said.out == "", (wrong, said)
+        after = {path for path in tiny.rglob("*") if "data" not in path.parts[-3:]}
+        assert after == before, f"{wrong} left something behind"
+
+
+def test_confusion_and_shares_are_those_of_a_count_by_hand():
+    labels, predicted = torch.tensor([0, 0, 0, 1, 1, 3]), torch.tensor([0, 0, 1, 1, 0, 1])
+    matrix = report.confusion(labels, predicted, 4)
+    assert matrix.tolist() == [[2, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
+    precision, recall = report.precision_and_recall(matrix)
+    assert precision.tolist() == pytest.approx([2 / 3, 1 / 3, math.nan, math.nan], nan_ok=True)
+    assert recall.tolist() == pytest.approx([2 / 3, 1 / 2, math.nan, 0], nan_ok=True)
+    text = report.as_text(matrix, ["ant", "bee", "cow", "dog"]).splitlines()
+    assert text[1].split() == ["ant", "0.6667", "0.6667", "3"] and text[3].split() == ["cow", "-", "-", "0"]
+    assert text[-4].split() == ["ant", "2", "1", ".", "."]
+    many = report.as_text(torch.eye(30, dtype=torch.int64) + (torch.arange(900) == 31).view(30, 30), ["x"] * 29 + ["y"])
+    assert "most frequent errors" in many
+
+
+def test_calibration_error_is_that_of_a_case_by_hand():
+    def logits(*probabilities):
+        p = torch.tensor(probabilities)
+        return torch.stack((p, 1 - p), 1).log()
+
+    # In (0.9, 1]: confidences 0.95, 0.95, one right. In (0.5, 0.6]: 0.55, right. In (0.7, 0.8]: 0.75 of class 1, right.
+    values, labels = logits(0.95, 0.95, 0.55, 0.25), torch.tensor([0, 1, 0, 1])
+    error, bins = report.calibration(values, labels, bins=10)
+    assert error == pytest.approx((2 * 0.45 + 0.45 + 0.25) / 4, abs=1e-6)
+    assert [n for n, _, _ in bins] == [0, 0, 0, 0, 0, 1, 0, 1, 0, 2]
+    assert bins[9][1:] == pytest.approx((0.95, 0.5))
+    assert report.calibration(torch.tensor([[100.0, 0.0]]), torch.tensor([0]))[0] == 0
+
+
+def test_temperature_is_found():
+    generator = torch.Generator().manual_seed(0)
+    true = 2 * torch.randn(4000, 5, generator=generator)
+    labels = torch.multinomial(true.softmax(1), 1, generator=generator).flatten()
+    assert report.fit_temperature(true, labels) == pytest.approx(1, abs=0.1)
+    t = report.fit_temperature(true * 3, labels)
+    assert t == pytest.approx(3 * report.fit_temperature(true, labels), rel=1e-6)
+    losses = [F.cross_entropy(true * 3 / x, labels) for x in (0.97 * t, t, 1.03 * t)]
+    assert losses[1] < losses[0] and losses[1] < losses[2]
+    assert report.fit_temperature(torch.tensor([[1.0, 0.0]]), torch.tensor([0])) == pytest.approx(0.01)  # all right
+
+
+def test_report(trained, tiny, capsys):
+    assert predict.main(["cnn.pt", "--report", "shapes"]) == 0
+    said = capsys.readouterr()
+    assert call("--eval", "cnn.pt") == 0
+    assert said.out.splitlines()[0] == capsys.readouterr().out.strip()
+    assert "temperature fitted on 14 validation images" in said.out and "report-shapes" in said.err
+    sizes = {f.name: Image.open(f).size for f in Path("report-shapes").iterdir()}
+    assert sizes == {"confusion.png": (1185, 1065), "mistakes.png": (1350, 1800), "reliability.png": (900, 900)}
+
+
+def test_report_of_a_perfect_model_has_no_mistakes_to_draw(tmp_path):
+    images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    report.draw_mistakes(images, F.one_hot(labels).float(), labels, ["a", "b"], tmp_path / "none.png")
+    assert Image.open(tmp_path / "none.png").width == 1350
+
+
+def test_predict_without_matplotlib_and_onnx(trained, tiny, monkeypatch, capsys):
+    missing(monkeypatch, "matplotlib", "onnx", "onnxscript")
+    Image.new("RGB", (32, 32)).save("image.png")
+    assert predict.main(["cnn.pt", "--report", "shapes", "--json", "--out", "there"]) == 0
+    said = capsys.readouterr()
+    assert "pip install matplotlib" in said.err and Path("there").is_dir()
+    figures = json.loads(said.out)
+    assert sum(map(sum, figures["confusion"])) == 40 and set(figures["precision"]) == set(trained[1].classes)
+    assert figures["test_acc"] == sum(figures["confusion"][i][i] for i in range(10)) / 40
+    for words in ("vit-cls.pt image.png --attention a.png", "cnn.pt --export a.onnx"):
+        assert predict.main(words.split()) == 1
+        said = capsys.readouterr().err
+        assert "pip install" in said and len(said.splitlines()) == 1, said
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_attention_maps_and_rollout(pool):
+    torch.manual_seed(0)
+    model = give_head_weights(vit.ViT(**VIT | dict(depth=3), pool=pool)).eval()
+    images = images_for(model, 2)
+    before = model(images)
+    maps = model.attention_maps(images)
+    tokens = 64 + (pool == "cls")
+    assert maps.shape == (3, 2, 2, tokens, tokens)
+    assert torch.allclose(maps.sum(-1), torch.ones(3, 2, 2, tokens), atol=1e-5)
+    assert torch.equal(model(images), before)
+    # The first layer's, from the definition.
+    x = model.blocks[0].norm_1(model.embed(images))
+    q, k, _ = model.blocks[0].attention.to_qkv(x).reshape(2, tokens, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    assert torch.allclose(maps[0], (q @ k.transpose(2, 3) / 4).softmax(-1), atol=1e-6)
+
+    flow = vit.rollout(maps)
+    assert flow.shape == (2, tokens, tokens)
+    assert torch.allclose(flow.sum(-1), torch.ones(2, tokens), atol=1e-5)
+    eye = torch.eye(tokens)
+    first, second, third = ((layer.mean(1) + eye) / 2 for layer in maps)
+    assert torch.allclose(flow, third @ second @ first, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_attention_picture(pool, trained, tiny, capsys):
+    save_images(trained[1].test[0][:1], tiny / "images")
+    assert predict.main([f"vit-{pool}.pt", "images/000.png", "--attention", "a.png"]) == 0
+    assert Image.open("a.png").size == (1200, 427) and "wrote a.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit-cls"])
+def test_exported_program_equals_the_model(name, trained, tiny, capsys):
+    assert predict.main([f"{name}.pt", "--export", "model.pt2"]) == 0
+    assert "differs from the model by" in capsys.readouterr().out
+    model, program = arguments.rebuild(checkpoints.load(f"{name}.pt")).eval(), torch.export.load("model.pt2").module()
+    for count in (1, 3, 8):
+        images = images_for(model, count)
+        assert torch.allclose(program(images), model(images), atol=1e-5)
+
+
+def test_a_wrong_export_is_not_kept(trained, tiny, monkeypatch, capsys):
+    class Other:
+        def module(self):
+            return lambda images: torch.zeros(len(images), 10)
+
+    monkeypatch.setattr(torch.export, "export", lambda *args, **more: None)
+    monkeypatch.setattr(torch.export, "save", lambda program, path: path.write_bytes(b"a program"))
+    monkeypatch.setattr(torch.export, "load", lambda path: Other())
+    assert predict.main(["cnn.pt", "--export", "model.pt2"]) == 1
+    assert "differs from the model" in capsys.readouterr().err and not Path("model.pt2").exists()
