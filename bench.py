@@ -29,11 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-import arguments
-import devices
 import optimizers
-import outputs
 import train
+from utils import arguments, devices, run_folder
 
 MODELS = {
     "mlp": "--model mlp --hidden 256,128,64 --no-batch-norm --batch-size 64",
@@ -217,8 +215,8 @@ def main(argv=None):
         parser.error(f"--turns {args.turns} and --seconds {args.seconds} must be above 0")
     try:
         device = devices.choose_device(args.device)
-        result = dict(device=devices.device_name(device), torch=torch.__version__, commit=outputs.commit())
-        result |= dict(command=outputs.command())
+        result = dict(device=devices.device_name(device), torch=torch.__version__, commit=run_folder.commit())
+        result |= dict(command=run_folder.command())
         if args.until:
             result["until"] = until(args.until, own)
         for name in [] if args.until else args.models:

@@ -20,14 +20,11 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-import arguments
 import data as datasets
-import devices
-import finetune
 import optimizers
-import ranges
 import train
-from ranges import flag_name
+from utils import arguments, devices, finetune, ranges
+from utils.ranges import flag_name
 
 LOWEST, HIGHEST, PER_DECADE = 1e-7, 10.0, 12  # the rates of --find-lr
 

@@ -24,14 +24,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import arguments
-import checkpoints
 import data as datasets
-import devices
-import report
 import train
 import vit
-from ranges import flag_name
+from utils import arguments, checkpoints, devices, report
+from utils.ranges import flag_name
 
 LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of red, green and blue in grey (ITU-R BT.601)
 

@@ -24,21 +24,13 @@ from pathlib import Path
 
 import torch
 
-import arguments
-import averaging
-import budget
-import checkpoints
 import data as datasets
-import devices
 import early_stopping
-import finetune
 import losses
 import optimizers
-import outputs
 import plot
-import processes
-import ranges
-from ranges import flag_name
+from utils import arguments, budget, checkpoints, devices, distributed, ema, finetune, ranges, run_folder
+from utils.ranges import flag_name
 
 EVAL_BATCH = 500
 DRAW_EVERY = 30  # seconds: drawing takes half of one
@@ -57,7 +49,7 @@ def load_data(args, given):
             f"--img-size {args.img_size} has no effect with --data {args.data}: it's for folders of images"
         )
     where = dict(data_dir=args.data_dir, img_size=args.img_size, fallback=fallback, read_only=read_only)
-    data = processes.once_a_machine(lambda: datasets.load(args.data, **where))
+    data = distributed.once_a_machine(lambda: datasets.load(args.data, **where))
     train_part, val_part = datasets.split(data.train, args.val_split, args.seed)
     if args.limit:
         train_part = datasets.limit(train_part, args.limit, args.seed)
@@ -85,7 +77,7 @@ def build(args, data, part, device):
 def load_for(checkpoint, name, data_dir):
     """A dataset, normalised as the checkpoint's model knows it. Raises ValueError if it isn't of the same kind."""
     size, channels = checkpoint["image_size"], checkpoint["channels"]
-    data = processes.once_a_machine(lambda: datasets.load(name, data_dir, img_size=size))
+    data = distributed.once_a_machine(lambda: datasets.load(name, data_dir, img_size=size))
     if data.classes != checkpoint["classes"]:
         raise ValueError(f"the checkpoint knows the classes {checkpoint['classes']}, --data {name} has {data.classes}")
     if data.test[0].shape[1:] != (channels, size, size):
@@ -130,7 +122,7 @@ def make_loss(args, data, device, precision):
 def smallest_batch(model):
     """Batch norm can't train on one image, in any process."""
     norms = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    return 2 * processes.count() if norms else 1
+    return 2 * distributed.count() if norms else 1
 
 
 def restore(resumed, model, average, optimizer, scaler, state, device):
@@ -141,7 +133,7 @@ def restore(resumed, model, average, optimizer, scaler, state, device):
         if resumed["seen"].shape != state["seen"].shape:
             raise ValueError(f"an epoch had {len(resumed['seen'])} steps and would have {len(state['seen'])} now")
         for row in resumed["history"]:
-            if row.keys() != set(outputs.COLUMNS) or not set(map(type, row.values())) <= {int, float}:
+            if row.keys() != set(run_folder.COLUMNS) or not set(map(type, row.values())) <= {int, float}:
                 raise ValueError(f"a row of its history is {row}")
         if not 0 <= max([row["step"] for row in resumed["history"]], default=0) <= resumed["step"]:
             raise ValueError(f"its history is ahead of its step {resumed['step']}")
@@ -150,10 +142,10 @@ def restore(resumed, model, average, optimizer, scaler, state, device):
         model.load_state_dict(resumed["ema"]["trained"] if average else resumed["state_dict"])
         optimizers.load_state(optimizer, resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
-        if processes.rank() == 0:  # it has been added up over the processes
+        if distributed.rank() == 0:  # it has been added up over the processes
             state["seen"].copy_(resumed["seen"])
-        if processes.rank() < len(resumed["rng"]):
-            devices.restore_rng(resumed["rng"][processes.rank()], device)
+        if distributed.rank() < len(resumed["rng"]):
+            devices.restore_rng(resumed["rng"][distributed.rank()], device)
         state |= {name: resumed[name] for name in ("step", "history", "seconds")}
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"--resume can't go on with this file and these images: {str(error)[:200]}") from None
@@ -167,7 +159,7 @@ def training_batches(args, data, part, device, epoch, first, least):
     mixing = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
     options = dict(augment=args.augment, crop_pad=args.crop_pad, flip=args.flip, erase=args.reprob)
     options |= dict(mixup=args.mixup * mixing, cutmix=args.cutmix * mixing, num_classes=len(data.classes))
-    options |= dict(key=(args.seed, epoch), first=first, least=least, share=(processes.rank(), processes.count()))
+    options |= dict(key=(args.seed, epoch), first=first, least=least, share=(distributed.rank(), distributed.count()))
     return datasets.batches(part, args.batch_size, data.mean, data.std, device, **options)
 
 
@@ -185,25 +177,25 @@ def backward(net, images, labels, size, loss, args, precision, scaler, optimizer
     count = max(1, min(args.accum, len(images) // 2))  # no piece of one image: batch norm can't train on that
     pieces = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
     for i, (x, y) in enumerate(pieces):
-        with processes.exchange(net, i + 1 == len(pieces)):
+        with distributed.exchange(net, i + 1 == len(pieces)):
             with devices.autocast(x.device, precision):
                 scores = net(x).float()
             mean = loss(x, scores, y) * (len(x) * weight)
-            scaler.scale(mean * processes.count()).backward()  # gradients are averaged over the processes, not added
+            scaler.scale(mean * distributed.count()).backward()  # gradients are averaged over the processes, not added
         result[0] += mean.detach()
         result[1] += (scores.argmax(1) == (y.argmax(1) if y.ndim == 2 else y)).sum() * bool(weight)
     if args.clip_grad:
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
         if not scaler.is_enabled():  # else it's now and then infinite by design, and the step is left out
-            result[2] = norm / processes.count()
+            result[2] = norm / distributed.count()
     return result
 
 
 def evaluate(model, part, data, device, precision, *, loss="ce", tta=False, flip=False):
     """The mean loss and the accuracy over all images of a part, the same for any number of processes."""
     model.eval()
-    first, every, loss = processes.rank(), processes.count(), losses.parse(loss)
+    first, every, loss = distributed.rank(), distributed.count(), losses.parse(loss)
     sums = torch.zeros(len(datasets.bounds(len(part[1]), EVAL_BATCH)), 2, device=device)  # by batch
     with torch.inference_mode():
         batches = datasets.batches(part, EVAL_BATCH, data.mean, data.std, device, first=first, every=every)
@@ -212,7 +204,7 @@ def evaluate(model, part, data, device, precision, *, loss="ce", tta=False, flip
                 scores = (datasets.tta(model, images, flip=flip) if tta else model(images)).float()
             own[0] = loss(scores, labels) * len(labels)
             own[1] = (scores.argmax(1) == labels).sum()
-    total, right = processes.add_up(sums).cpu().double().sum(0).tolist()  # not every device has doubles
+    total, right = distributed.add_up(sums).cpu().double().sum(0).tolist()  # not every device has doubles
     return total / len(part[1]), right / len(part[1])
 
 
@@ -267,7 +259,7 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
     total_steps = max(1, round(args.epochs * steps_per_epoch))
     # `seconds` of training in this epoch; what backward returned in it, by step.
     step, history, seconds, seen = (state[name] for name in ("step", "history", "seconds", "seen"))
-    net = processes.connect(model, device)  # the same model, which exchanges gradients with the other processes
+    net = distributed.connect(model, device)  # the same model, which exchanges gradients with the other processes
     judged = average.model if average else model  # what is validated, tested and kept
     chance = losses.parse(args.loss)(torch.zeros(1, len(data.classes)), torch.zeros(1, dtype=torch.int64)).item()
 
@@ -279,23 +271,25 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
         content = dict(model=args.model, model_args=model.model_args, state_dict=judged.state_dict())
         content |= dict(classes=data.classes, image_size=shape[-1], channels=shape[1], mean=data.mean, std=data.std)
         content |= dict(epoch=len(history), metrics=history[-1] if history else {}, args=vars(args))
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             say.check()
             checkpoints.save(content | more, out / name)
 
     def save_last():
         states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         states |= dict(ema=dict(trained=model.state_dict(), updates=average.updates) if average else {})
-        states |= dict(seen=processes.add_up(seen.clone()), rng=processes.gather(devices.rng_state(device)))
+        states |= dict(seen=distributed.add_up(seen.clone()), rng=distributed.gather(devices.rng_state(device)))
         save("last.pt", step=step, history=history, seconds=seconds, **states)
 
-    if history and processes.rank() == 0:  # a run that was killed after last.pt hasn't written these
-        outputs.write_metrics(history, out / "metrics.csv")
+    if history and distributed.rank() == 0:  # a run that was killed after last.pt hasn't written these
+        run_folder.write_metrics(history, out / "metrics.csv")
         if history[-1]["step"] == step and find_best(args, history) is history[-1]:
             save("best.pt")
     # A run that ended inside an epoch and is prolonged: so many steps of it have a row already.
     validated = step % steps_per_epoch if history and history[-1]["step"] == step else 0
-    write_events = outputs.make_events(out, say) if args.tensorboard and processes.rank() == 0 else lambda row: None
+    write_events = (
+        run_folder.make_events(out, say) if args.tensorboard and distributed.rank() == 0 else lambda row: None
+    )
     began, first_step, drawn = time.perf_counter(), step, time.perf_counter()
 
     while step < total_steps:
@@ -312,7 +306,7 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
         start = time.perf_counter()
         finetune.train_mode(net)
         loader = training_batches(args, data, train_part, device, epoch, done, least)
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             loader = datasets.progress(loader, total=end - done, desc=f"epoch {epoch + 1}", unit=" steps")
         for images, labels in loader:
             for group in optimizer.param_groups:
@@ -324,11 +318,11 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
                 average.update(model)
             step, done = step + 1, done + 1
 
-            stop = processes.any_of(signals[0] if signals else 0)
+            stop = distributed.any_of(signals[0] if signals else 0)
             log, keep = (n and step % n == 0 for n in (args.log_interval, args.save_every))
             if not (stop or log or keep or done == end):
                 continue
-            rows = processes.add_up(seen[:done].clone()).tolist()  # waits for the device, so that the clock is right
+            rows = distributed.add_up(seen[:done].clone()).tolist()  # waits for the device, so that the clock is right
             seconds += time.perf_counter() - start
             if problem := early_stopping.not_finite(rows):
                 at = step - done + problem[0]
@@ -345,7 +339,7 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
             return history, "interrupted", 128 + stop
 
         # Validate, keep the best, save, report.
-        processes.spread(judged)  # batch norms have seen different images in each process
+        distributed.spread(judged)  # batch norms have seen different images in each process
         rows, own_sizes = rows[validated:], sizes[validated:done]
         count, row = sum(own_sizes), dict(epoch=len(history) + 1, step=step, lr=args.lr * rate(step - 1))
         row["train_loss"] = sum(value * size for (value, _, _), size in zip(rows, own_sizes, strict=True)) / count
@@ -363,14 +357,14 @@ def train(args, data, model, device, precision, out, say, parts, loss, average, 
         save_last()
         if best is row:
             save("best.pt")
-        if processes.rank() == 0:
-            outputs.write_metrics(history, out / "metrics.csv")
+        if distributed.rank() == 0:
+            run_folder.write_metrics(history, out / "metrics.csv")
             write_events(row)
             if time.perf_counter() - drawn > DRAW_EVERY:
                 draw_curves(history, best, out)
                 drawn = time.perf_counter()
         left = (time.perf_counter() - began) / (step - first_step) * (total_steps - step)
-        say(outputs.epoch_line(row, math.ceil(args.epochs), best is row, left))
+        say(run_folder.epoch_line(row, math.ceil(args.epochs), best is row, left))
         if early_stopping.waited(history, best, args.warmup_epochs) == (args.patience + 1) // 2 < args.patience:
             say(early_stopping.explain(history, best, args.monitor, chance))
         if stop:
@@ -399,9 +393,9 @@ def finish(args, data, model, device, precision, out, say, history, stopped):
     say.check()
     best, test_loss, test_acc = find_best(args, history), None, None
     if stopped in ("finished", "early stop", "time budget"):
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             model.load_state_dict(checkpoints.load(out / "best.pt")["state_dict"])
-        processes.spread(model)
+        distributed.spread(model)
         test_loss, test_acc = evaluate(model, data.test, data, device, precision, **scoring(args))
         why = f"best {args.monitor}, {best[args.monitor]:.4f}" if args.val_split else "the last, as none was held out"
         say(f"{stopped}: the result is epoch {best['epoch']} ({why})")
@@ -409,15 +403,15 @@ def finish(args, data, model, device, precision, out, say, history, stopped):
         say(f"test acc {test_acc:.4f}  loss {test_loss:.4f}  ({read})")
     elif stopped == "interrupted":
         say(f"interrupted: python train.py --resume {out / 'last.pt'} goes on from here")
-    if processes.rank() > 0:
+    if distributed.rank() > 0:
         return None
     result = dict(model=args.model, data=data.name, test_acc=test_acc, test_loss=test_loss)
-    result |= outputs.summary(history, best) | dict(stopped=stopped)
+    result |= run_folder.summary(history, best) | dict(stopped=stopped)
     result |= dict(params=sum(p.numel() for p in model.parameters()), seed=args.seed)
     result |= dict(device=devices.device_name(device), amp=precision, torch=torch.__version__, args=vars(args))
-    result |= dict(command=outputs.command(), commit=outputs.commit())
+    result |= dict(command=run_folder.command(), commit=run_folder.commit())
     say.check()
-    outputs.write_result(result, out / "result.json")
+    run_folder.write_result(result, out / "result.json")
     if history and not draw_curves(history, best, out):
         say("no curves.png: pip install matplotlib")
     return result
@@ -435,7 +429,7 @@ def print_test(args, given):
         raise ValueError(f"{args.eval} holds a {checkpoint['model']}, not --model {args.model}")
     run = argparse.Namespace(**dict(data="shapes", loss="ce", tta=False, flip=False, amp="auto") | checkpoint["args"])
     data = load_for(checkpoint, given.get("data", run.data), args.data_dir)
-    device = processes.own_device(devices.choose_device(args.device))
+    device = distributed.own_device(devices.choose_device(args.device))
     model = arguments.rebuild(checkpoint).to(device)
     precision = devices.choose_precision(given.get("amp", run.amp), device)
     loss, acc = evaluate(model, data.test, data, device, precision, **scoring(run))
@@ -445,13 +439,13 @@ def print_test(args, given):
 
 def set_up(args, given, resumed):
     """All that may be refused, in the order of its cost; then the run's folder. Nothing is written before that."""
-    device = processes.own_device(devices.choose_device(args.device))
+    device = distributed.own_device(devices.choose_device(args.device))
     precision = devices.choose_precision(args.amp, device)
     data, train_part, val_part = load_data(args, given)
     args.data = "shapes" if args.data in datasets.DOWNLOADS and data.name == "shapes" else args.data
     model = build(args, data, train_part, device)
-    if processes.rank():
-        torch.manual_seed(args.seed + processes.rank())  # dropout of its own
+    if distributed.rank():
+        torch.manual_seed(args.seed + distributed.rank())  # dropout of its own
     started = ""
     if args.init and not resumed:
         fits = finetune.initialise(model, arguments.read_init(args.init, args.model), data.classes)
@@ -459,7 +453,7 @@ def set_up(args, given, resumed):
     finetune.freeze(model, args.freeze)
     optimizer, loss = make_optimizer(args, model), make_loss(args, data, device, precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    average = averaging.Average(model, args.ema) if args.ema else None
+    average = ema.Average(model, args.ema) if args.ema else None
     least, count = smallest_batch(model), len(train_part[1])
     if min(args.batch_size, count) < least:
         text = f"--batch-size {args.batch_size} of {count} images must be at least {least}"
@@ -485,19 +479,19 @@ def set_up(args, given, resumed):
         nonlocal log
         before, out = (Path(args.resume).parent, given.get("out")) if resumed else (None, args.out)
         going_on = resumed and (out is None or Path(out).resolve() == before.resolve())
-        going_on = going_on or (processes.restarted() and out is not None)
+        going_on = going_on or (distributed.restarted() and out is not None)
         default = Path("runs") / f"{args.model}-{data.name}-{args.opt}-{args.sched}"
         best = find_best(args, state["history"])
         # Where the best epoch is the one that last.pt holds, training starts with writing it.
         kept = checkpoints.load(before / "best.pt") if best and best["step"] < state["step"] else None
-        out, log = outputs.claim(before if going_on and resumed else out, default, going_on)
+        out, log = run_folder.claim(before if going_on and resumed else out, default, going_on)
         if kept and not going_on:
             checkpoints.save(kept, out / "best.pt")
         return out
 
-    out = processes.once(claim)
-    say = outputs.make_say(log)
-    say(f"$ {outputs.command()}")
+    out = distributed.once(claim)
+    say = run_folder.make_say(log)
+    say(f"$ {run_folder.command()}")
     versions = f"torch {torch.__version__}, python {platform.python_version()}"
     say(f"{versions}, {devices.device_name(device)}, {precision}{', compiled' * args.compile}")
     counts = [f"{len(labels):,}" for _, labels in (train_part, val_part, data.test)]
@@ -514,8 +508,8 @@ def set_up(args, given, resumed):
             if given.get(k, v) != v and k != "resume"
         ]
         lines.append(f"going on after step {resumed['step']:,} of {args.resume}" + "".join(f", {c}" for c in changed))
-    if processes.count() > 1:
-        lines.append(f"{processes.count()} processes share every batch")
+    if distributed.count() > 1:
+        lines.append(f"{distributed.count()} processes share every batch")
     for line in filter(None, [*lines, f"writing to {out}"]):
         say(line)
     return (args, data, model, device, precision, out, say), (parts, loss, average, optimizer, scaler, state)
@@ -523,7 +517,7 @@ def set_up(args, given, resumed):
 
 def fail(status, error, program="train.py"):
     """One line on standard error; returns the exit status. What all processes know, the first one says."""
-    if processes.rank() == 0 or status == 1:
+    if distributed.rank() == 0 or status == 1:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
@@ -535,7 +529,7 @@ def run_once(args, given, resumed):
         with arguments.blame(args.resume):
             common, more = set_up(args, given, resumed)
         training = True
-        with processes.caught_signals() as signals:
+        with distributed.caught_signals() as signals:
             history, stopped, status = train(*common, *more, signals)
         return finish(*common, history, stopped), status
     except (ValueError, OSError) as error:
@@ -546,8 +540,8 @@ def run_once(args, given, resumed):
             return None, fail(1 if training else 2, f"out of memory with {sizes}, or make the model smaller")
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             return None, fail(1, f"--compile doesn't work here, use --no-compile: {str(error)[:300]}")
-        if processes.count() > 1:
-            return None, fail(1, f"process {processes.rank()} stops: {error}")
+        if distributed.count() > 1:
+            return None, fail(1, f"process {distributed.rank()} stops: {error}")
         raise
 
 
@@ -556,10 +550,10 @@ def run_seeds(args, given):
     try:
         data = load_data(args, given)[0]
         default = Path("runs") / f"{args.model}-{data.name}-{args.opt}-{args.sched}-x{args.runs}"
-        folder, log = outputs.claim(args.out, default)
+        folder, log = run_folder.claim(args.out, default)
     except (ValueError, OSError) as error:
         return fail(2, error)
-    say, results, status = outputs.make_say(log), [], 0
+    say, results, status = run_folder.make_say(log), [], 0
     for seed in range(args.seed, args.seed + args.runs):
         own = argparse.Namespace(**vars(args) | dict(seed=seed, runs=1, out=str(folder / f"seed-{seed}")))
         result, status = run_once(own, given, None)
@@ -569,16 +563,16 @@ def run_seeds(args, given):
     if status == 2 and not results:
         log.take_back()  # nothing has been run
     if len(results) > 1:
-        text, summary = outputs.over_seeds(results)
+        text, summary = run_folder.over_seeds(results)
         say(text)
-        summary |= dict(args=vars(args) | dict(data=own.data), command=outputs.command(), commit=outputs.commit())
-        outputs.write_result(summary, folder / "result.json")
+        summary |= dict(args=vars(args) | dict(data=own.data), command=run_folder.command(), commit=run_folder.commit())
+        run_folder.write_result(summary, folder / "result.json")
     return status
 
 
 def run(argv):
     try:
-        with processes.quiet():
+        with distributed.quiet():
             args, given, resumed = arguments.parse(argv)
         if args.eval:
             with arguments.blame(args.eval):
@@ -594,8 +588,8 @@ def run(argv):
 
 
 def main(argv=None):
-    processes.join()
-    return processes.leave(run(argv))
+    distributed.join()
+    return distributed.leave(run(argv))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoints
 import cnn_cifar10
 import data as datasets
 import mlp_mnist
@@ -18,6 +17,7 @@ import optimizers
 import plot
 import train
 import vit
+from utils import checkpoints
 
 HERE = Path(__file__).parent.parent
 

@@ -12,10 +12,9 @@ import torch
 from conftest import EFFECTS, TINY, TINY_MLP, call, refused, same, write_folder, write_idx, write_mnist
 from PIL import Image
 
-import arguments
-import checkpoints
 import data as datasets
 import mlp_mnist
+from utils import arguments, checkpoints
 
 WRONG = [
     "--model resnet", "--opt adamax", "--sched cosinus", "--loss l1", "--loss ce+", "--data nowhere", "--epochs 0",

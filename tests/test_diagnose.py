@@ -7,10 +7,10 @@ import torch
 from conftest import HERE, TINY_MLP, call, python, same
 from PIL import Image
 
-import checkpoints
 import data as datasets
 import diagnose
 import train
+from utils import checkpoints
 
 DIAGNOSE = "--model mlp --hidden 64 --data shapes --batch-size 64 --epochs 4 --device cpu".split()
 

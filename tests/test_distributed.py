@@ -12,11 +12,9 @@ import pytest
 import torch
 from conftest import HERE, TINY_MLP, assert_same_run, call, python
 
-import arguments
-import checkpoints
 import data as datasets
-import processes
 import train
+from utils import arguments, checkpoints, distributed
 
 
 def torchrun(count, *argv, cwd, restarts=0):
@@ -71,7 +69,7 @@ import processes, train
 real, calls = train.backward, []
 def backward(*args):
     calls.append(1)
-    if processes.rank() == 1 and len(calls) == 25 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if distributed.rank() == 1 and len(calls) == 25 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 train.backward = backward
@@ -117,15 +115,15 @@ def test_machines_start_anew_together(tmp_path):
 
 
 def test_a_process_has_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in dict(LOCAL_RANK=1, LOCAL_WORLD_SIZE=2).items():
         monkeypatch.setenv(name, str(value))
-    assert processes.own_device(torch.device("cuda")) == torch.device("cuda", 1)
-    assert processes.own_device(torch.device("cpu")) == torch.device("cpu")
+    assert distributed.own_device(torch.device("cuda")) == torch.device("cuda", 1)
+    assert distributed.own_device(torch.device("cpu")) == torch.device("cpu")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="--nproc_per_node 3 must be at most 2"):  # in all of them: the first says it
-        processes.own_device(torch.device("cuda"))
+        distributed.own_device(torch.device("cuda"))
 
 
 def test_a_run_for_minutes_is_started_anew(tiny, monkeypatch):

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import TINY_MLP, call, rows, same, scripted, weights
 
-import checkpoints
 import data as datasets
 import early_stopping
-import outputs
 import train
+from utils import checkpoints, run_folder
 
 
 @pytest.mark.parametrize("monitor", ["val_acc", "val_loss"])
@@ -70,7 +69,7 @@ def test_poisoned_test_labels_change_no_training(tiny, monkeypatch):
     monkeypatch.setattr(datasets, "shapes", poisoned)
     assert call(*TINY_MLP, "--epochs", 3, "--out", "poisoned") == 0
     clean, poisoned = (checkpoints.load(f"{name}/last.pt") for name in ("clean", "poisoned"))
-    untimed = [k for k in outputs.COLUMNS if k not in ("seconds", "images_per_second")]
+    untimed = [k for k in run_folder.COLUMNS if k not in ("seconds", "images_per_second")]
     assert [[r[k] for k in untimed] for r in clean["history"]] == [[r[k] for k in untimed] for r in poisoned["history"]]
     assert same(clean["state_dict"], poisoned["state_dict"]) and same(
         weights("clean/best.pt"), weights("poisoned/best.pt")

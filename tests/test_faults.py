@@ -25,14 +25,12 @@ from conftest import (
     write_mnist,
 )
 
-import arguments
-import checkpoints
 import data as datasets
 import optimizers
 import plot
-import ranges
 import schedulers
 import train
+from utils import arguments, checkpoints, ranges
 
 
 def forked(argv):

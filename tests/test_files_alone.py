@@ -25,33 +25,34 @@ ALONE = {
     "OPTIMIZERS['sgd'](parameter_groups(m, weight_decay=1), lr=1, momentum=0, nesterov=False).step()",
     "losses.py": "from losses import *; x = torch.randn(4, 3, requires_grad=True); "
     "parse('ce+0.5*cosine', 0.1)(x, torch.tensor([0, 1, 2, 0])).backward()",
-    "averaging.py": "from averaging import *; m = torch.nn.Linear(2, 2); Average(m, 0.9).update(m)",
+    "utils/ema.py": "from ema import *; m = torch.nn.Linear(2, 2); Average(m, 0.9).update(m)",
     "early_stopping.py": "from early_stopping import *; assert best_row([dict(epoch=1, val_acc=1.)], 'val_acc')",
-    "checkpoints.py": "import checkpoints; checkpoints.save({'a': 1}, 'a.pt'); "
+    "utils/checkpoints.py": "import checkpoints; checkpoints.save({'a': 1}, 'a.pt'); "
     "checkpoints.load('a.pt', keys={'a': int})",
-    "finetune.py": "from finetune import *; m = torch.nn.Linear(2, 2); load_matching(m, m.state_dict()); "
+    "utils/finetune.py": "from finetune import *; m = torch.nn.Linear(2, 2); load_matching(m, m.state_dict()); "
     "freeze(m, ['bias']); train_mode(m)",
-    "report.py": "from report import *; m = confusion(torch.tensor([0, 1]), torch.tensor([0, 0]), 2); "
+    "utils/report.py": "from report import *; m = confusion(torch.tensor([0, 1]), torch.tensor([0, 0]), 2); "
     "assert m.tolist() == [[1, 0], [1, 0]]; draw_confusion(m, ['a', 'b'], 'a.png')",
-    "devices.py": "import devices; devices.choose_precision('auto', devices.choose_device('auto'))",
-    "outputs.py": "import outputs; a = outputs.claim(None, 'runs/a'); b = outputs.claim(None, 'runs/a'); "
-    "assert b[0].name == 'a-2'",
-    "ranges.py": "import ranges; assert ranges.flag_name('batch_size') == '--batch-size'",
-    "budget.py": "import budget, time; assert 4 < budget.steps_within(0.2, lambda: time.sleep(0.001), 9, []) < 199",
-    "processes.py": "import processes; assert processes.count() == 1 and processes.once(lambda: 3) == 3",
+    "utils/devices.py": "import devices; devices.choose_precision('auto', devices.choose_device('auto'))",
+    "utils/run_folder.py": "import run_folder; a = run_folder.claim(None, 'runs/a'); "
+    "b = run_folder.claim(None, 'runs/a'); assert b[0].name == 'a-2'",
+    "utils/ranges.py": "import ranges; assert ranges.flag_name('batch_size') == '--batch-size'",
+    "utils/budget.py": "import budget, time; "
+    "assert 4 < budget.steps_within(0.2, lambda: time.sleep(0.001), 9, []) < 199",
+    "utils/distributed.py": "import distributed; assert distributed.count() == 1 and distributed.once(lambda: 3) == 3",
     "plot.py": "import plot; r = dict(epoch=1, lr=1, train_loss=1, train_acc=0, val_loss=1, val_acc=0); "
     "plot.draw({'a': [r, r | dict(epoch=2)]}, 'a.png')",
 }
 
 
-WITHOUT_TORCH = ("schedulers.py", "early_stopping.py", "outputs.py", "ranges.py", "plot.py")
+WITHOUT_TORCH = ("schedulers.py", "early_stopping.py", "utils/run_folder.py", "utils/ranges.py", "plot.py")
 
 
 FORK = """
 import os, sys, torch
 for file, code in {alone!r}.items():
     if not (child := os.fork()):
-        folder = os.path.abspath(file.removesuffix(".py"))
+        folder = os.path.abspath(os.path.basename(file).removesuffix(".py"))
         os.chdir(folder)
         sys.path.insert(0, folder)
         exec(code, dict(torch=torch))
@@ -63,15 +64,17 @@ for file, code in {alone!r}.items():
 
 def test_every_ground_floor_file_runs_alone(tmp_path):
     """Each in an interpreter that knows none of the others; those that need torch share its import."""
-    above = {"train.py", "arguments.py", "test_smoke.py", "predict.py", "diagnose.py", "bench.py"}
-    assert set(ALONE) == {file.name for file in HERE.glob("*.py")} - above
+    above = {"train.py", "test_smoke.py", "predict.py", "diagnose.py", "bench.py", "compare.py"}
+    above |= {"utils/__init__.py", "utils/arguments.py"}
+    files = {str(file.relative_to(HERE)) for pattern in ("*.py", "utils/*.py") for file in HERE.glob(pattern)}
+    assert set(ALONE) == files - above
     for file in ALONE:
-        folder = tmp_path / file.removesuffix(".py")
+        folder = tmp_path / Path(file).stem
         folder.mkdir()
         shutil.copy(HERE / file, folder)
     for file in WITHOUT_TORCH:
         code = f"import sys; sys.path.insert(0, ''); sys.modules['torch'] = None; {ALONE[file]}"
-        done = python("-I", "-c", code, cwd=tmp_path / file.removesuffix(".py"))
+        done = python("-I", "-c", code, cwd=tmp_path / Path(file).stem)
         assert (done.returncode, done.stderr) == (0, ""), (file, done.stderr)
     with_torch = {file: code for file, code in ALONE.items() if file not in WITHOUT_TORCH}
     done = python("-I", "-c", FORK.format(alone=with_torch), cwd=tmp_path)

@@ -7,10 +7,9 @@ import pytest
 import torch
 from conftest import TINY, TINY_MLP, VIT, call, missing, weights, write_folder
 
-import checkpoints
 import cnn_cifar10
-import finetune
 import vit
+from utils import checkpoints, finetune
 
 
 def timm_weights(dim=128, depth=2, mlp_dim=32, patch=4, side=2, classes=3):

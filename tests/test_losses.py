@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import give_head_weights
 
-import averaging
 import data as datasets
 import losses
 import mlp_mnist
+from utils import ema
 
 SCORES = torch.tensor([[2.0, 0.0, -1.0], [0.5, 3.0, 4.0]])
 
@@ -84,7 +84,7 @@ def test_distillation_is_scaled_divergence():
 def test_average_equals_one_by_hand():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
-    average, expected = averaging.Average(model, decay=0.5), {k: v.clone() for k, v in model.state_dict().items()}
+    average, expected = ema.Average(model, decay=0.5), {k: v.clone() for k, v in model.state_dict().items()}
     for t in range(14):
         model(torch.randn(8, 4))  # moves the batch norm's statistics
         for parameter in model.parameters():
@@ -95,7 +95,7 @@ def test_average_equals_one_by_hand():
             mixed = decay * expected[name] + (1 - decay) * value
             expected[name] = mixed if value.is_floating_point() else value.clone()
         if t == 6:  # stopped, and gone on with
-            state, average = average.state_dict(), averaging.Average(model, decay=0.5)
+            state, average = average.state_dict(), ema.Average(model, decay=0.5)
             average.load_state_dict(state)
     assert expected["1.num_batches_tracked"] == 14
     for name, value in average.model.state_dict().items():
@@ -103,7 +103,7 @@ def test_average_equals_one_by_hand():
     assert not any(p.requires_grad for p in average.model.parameters()) and not average.model.training
     assert all(p.requires_grad for p in model.parameters()) and model.training
     with pytest.raises(ValueError, match="--ema 1"):
-        averaging.Average(model, 1)
+        ema.Average(model, 1)
 
 
 def test_views_and_their_mean():

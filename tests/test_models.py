@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from conftest import VIT, count, give_head_weights, images_for, models
 from einops import repeat
 
-import arguments
 import cnn_cifar10
 import mlp_mnist
 import vit
+from utils import arguments
 
 
 def test_shapes_and_first_loss(model):

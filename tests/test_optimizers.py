@@ -10,9 +10,7 @@ import torch
 from conftest import TINY, TINY_MLP, VIT, call, images_for, rates, same
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import arguments
 import bench
-import checkpoints
 import cnn_cifar10
 import data as datasets
 import mlp_mnist
@@ -20,6 +18,7 @@ import optimizers
 import schedulers
 import train
 import vit
+from utils import arguments, checkpoints
 
 
 @pytest.mark.parametrize("opt", optimizers.OPTIMIZERS)

@@ -23,18 +23,14 @@ from conftest import (
 )
 from PIL import Image
 
-import arguments
-import checkpoints
 import cnn_cifar10
 import data as datasets
-import devices
 import mlp_mnist
-import outputs
 import plot
 import predict
-import report
 import train
 import vit
+from utils import arguments, checkpoints, devices, report, run_folder
 
 DRAW = plot.draw  # which the fixture tiny replaces
 
@@ -45,11 +41,11 @@ def curve_rows(accuracies, lr=0.1):
 
 def fake_run(folder, accuracies, best_epoch=None, **args):
     folder.mkdir(parents=True)
-    names = {k: 0 for k in outputs.COLUMNS}
-    outputs.write_metrics([names | row for row in curve_rows(accuracies)], folder / "metrics.csv")
+    names = {k: 0 for k in run_folder.COLUMNS}
+    run_folder.write_metrics([names | row for row in curve_rows(accuracies)], folder / "metrics.csv")
     args = dict(model="mlp", data="a/long/path", opt="adamw", lr=0.1, out=str(folder), seed=0, flip=False) | args
     result = dict(data="pets", seed=args["seed"], best_epoch=best_epoch or len(accuracies), args=args)
-    outputs.write_result(result, folder / "result.json")
+    run_folder.write_result(result, folder / "result.json")
     return folder
 
 

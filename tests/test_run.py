@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import TINY_MLP, assert_same_run, call, halt, same, scripted, weights
 
-import checkpoints
 import data as datasets
 import mlp_mnist
 import train
+from utils import checkpoints
 
 
 def test_every_output_is_there_and_says_the_same(tiny, capsys):

@@ -15,10 +15,8 @@ import torch
 from conftest import HERE, TINY_MLP, assert_same_run, call, halt, python, same, weights, write_folder
 from PIL import Image
 
-import averaging
-import checkpoints
-import outputs
 import train
+from utils import checkpoints, ema, run_folder
 
 
 @pytest.mark.parametrize(
@@ -36,13 +34,13 @@ def test_resuming_with_tricks_gives_the_same_bits(flags, tiny, monkeypatch):
 
 def test_the_average_is_judged_and_kept(tiny, monkeypatch):
     averages = []
-    real = averaging.Average.update
+    real = ema.Average.update
 
     def update(self, model):
         real(self, model)
         averages.append({k: v.clone() for k, v in self.model.state_dict().items()})
 
-    monkeypatch.setattr(averaging.Average, "update", update)
+    monkeypatch.setattr(ema.Average, "update", update)
     assert call(*TINY_MLP, "--epochs", 2, "--ema", 0.9, "--val-split", 0, "--out", "run") == 0
     assert same(dict(weights("run/best.pt")), averages[-1]) and len(averages) == 6
     last = checkpoints.load("run/last.pt")
@@ -203,7 +201,7 @@ def test_eval_uses_the_precision_of_the_run(tiny, capsys):
 
 def test_two_runs_do_not_share_a_folder(tiny, capsys):
     assert call(*TINY_MLP, "--out", "run") == 0
-    _, held = outputs.claim("run", "run", going_on=True)  # as a run that is alive has it
+    _, held = run_folder.claim("run", "run", going_on=True)  # as a run that is alive has it
     with open("run/log.txt", "a") as log:
         before = log.tell()
         for flags in (["--resume", "run/last.pt", "--epochs", 2], [*TINY_MLP, "--out", "run"]):
@@ -274,7 +272,7 @@ def test_a_run_whose_folder_was_moved_writes_nothing_into_another(replaced, tiny
 
 def test_a_rotated_log_gives_no_run_away(tiny, capsys):
     assert call(*TINY_MLP, "--out", "run") == 0
-    _, log = outputs.claim("run", "run", going_on=True)  # as a run that is alive has it
+    _, log = run_folder.claim("run", "run", going_on=True)  # as a run that is alive has it
     os.rename("run/log.txt", "run/log.txt.1")
     assert call("--resume", "run/last.pt", "--epochs", 2) == 2
     assert "alive" in capsys.readouterr().err

@@ -12,18 +12,15 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
 import cnn_cifar10
 import data as datasets
-import devices
 import losses
 import mlp_mnist
 import optimizers
-import processes
-import ranges
 import schedulers
 import vit
-from ranges import flag_name
+from utils import checkpoints, devices, distributed, ranges
+from utils.ranges import flag_name
 
 MODELS = {"mlp": (mlp_mnist, mlp_mnist.MLP), "cnn": (cnn_cifar10, cnn_cifar10.CNN), "vit": (vit, vit.ViT)}
 # A resumed run may be prolonged and moved. Anything else would make its figures those of no run at all.
@@ -99,12 +96,12 @@ def parse(argv=None, program="train.py"):
     for name in ("--model", "--resume", "--out", "--init"):
         first.add_argument(name)
     chosen = first.parse_known_args(argv)[0]
-    if processes.restarted() and chosen.out and not chosen.resume:
+    if distributed.restarted() and chosen.out and not chosen.resume:
         last = Path(chosen.out) / "last.pt"  # torchrun has started the run anew after a failure
-        chosen.resume = str(last) if processes.once(last.exists) else None
+        chosen.resume = str(last) if distributed.once(last.exists) else None
     checkpoint = None
     if chosen.resume:
-        checkpoint = processes.once(lambda: checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS))
+        checkpoint = distributed.once(lambda: checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS))
     with blame(chosen.resume):
         return *_parse(argv, program, chosen, checkpoint), checkpoint
 
@@ -195,21 +192,21 @@ def check(args, given):
         ranges.refuse_idle(given, {"mixup_off_epoch"}, "without --mixup or --cutmix")
     if args.val_split == 0:
         ranges.refuse_idle(given, {"patience", "monitor", "min_delta"}, "with --val-split 0: nothing is monitored")
-    if args.resume and not processes.restarted():
+    if args.resume and not distributed.restarted():
         ranges.refuse_idle(given, {"minutes", "runs"}, "with --resume")
     if "epochs" in given and "minutes" in given:
         raise ValueError(f"--minutes {args.minutes} and --epochs {args.epochs} are two lengths: leave one out")
     if args.minutes and args.compile and not args.resume:
         raise ValueError(f"--minutes {args.minutes} can't foresee how long --compile takes: give --epochs")
-    if processes.count() > 1:
-        ranges.refuse_idle(given, {"runs", "minutes"}, f"in {processes.count()} processes")
+    if distributed.count() > 1:
+        ranges.refuse_idle(given, {"runs", "minutes"}, f"in {distributed.count()} processes")
     losses.parse(args.loss)
     if args.nesterov and args.momentum == 0:
         raise ValueError("--nesterov needs a --momentum above 0")
     if args.opt == "lbfgs" and args.amp == "fp16":
         raise ValueError("--opt lbfgs can't scale its gradients, as --amp fp16 must: use --amp off")
-    if args.opt == "lbfgs" and processes.count() > 1:
-        raise ValueError(f"--opt lbfgs can't search along a line in {processes.count()} processes: start one")
+    if args.opt == "lbfgs" and distributed.count() > 1:
+        raise ValueError(f"--opt lbfgs can't search along a line in {distributed.count()} processes: start one")
     if args.sched == "plateau" and args.val_split == 0:
         raise ValueError("--sched plateau needs a validation set: --val-split must be above 0")
     if args.sched == "plateau" and 0 < args.patience <= args.patience_epochs:
