@@ -1,0 +1,323 @@
+"""Batches of images that lie in memory, augmented and normalised on the training device; test-time augmentation.
+
+    import torch
+    from augment import batches
+
+    images = torch.randint(0, 256, (5000, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (5000,))
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    for x, y in batches((images, labels), 100, mean, std, "cpu", key=(0, 0), crop_pad=4, flip=True):
+        pass  # x is float32 (100, 3, 32, 32), y is int64 (100,)
+
+    python augment.py --show augmented.png --crop-pad 4 --flip --mixup 0.8      # what each option does to 8 images
+
+Many images are augmented at once by a few tensor operations, each with random numbers of its own: no worker processes.
+"""
+
+import argparse
+import math
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+CHUNK = 1024  # images: small batches are augmented together, in chunks, which takes less time
+
+
+def seeded(*key, device="cpu") -> Generator:
+    """Make a random generator that depends on the key alone, such as (seed, epoch)."""
+    return Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
+
+
+def bounds(n: int, batch_size: int, least: int = 1) -> list[tuple[int, int]]:
+    """Return (start, stop) of each batch of n images. A last batch of fewer than `least` joins the one before."""
+    edges = [(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+    if len(edges) > 1 and n - edges[-1][0] < least:
+        edges.pop()
+        edges[-1] = (edges[-1][0], n)
+    return edges
+
+
+def batches(
+    split, batch_size: int, mean, std, device, *, key=None, first=0, every=1, least=1, rank=0, world_size=1,
+    crop_pad=0, flip=False, augment="none", erase=0.0, mixup=0.0, cutmix=0.0, num_classes=None,
+):  # fmt: skip
+    """Yield (images, labels) on the device: float32 (b, channels, height, width), normalised, and int64 (b,).
+
+    `split` is a pair: images, uint8 (n, channels, height, width), and labels, int64 (n,). `mean` and `std` are by
+    channel, of pixels in 0..1. Without a key the images come in their order, as they are. With key=(seed, epoch) they
+    are shuffled and augmented, which depends on the key alone: by `crop_and_flip` (augment="strong": `distort`), by
+    `erase_some` in the share `erase` of them and by `mix`, whose alphas are `mixup` and `cutmix`, and which makes the
+    labels float32 (b, num_classes). The last batch may have another size, see `bounds`.
+
+    `first` batches are left out, and of the others every `every`-th is taken. Of each batch, augmented as a whole, the
+    process `rank` of `world_size` gets its share: an empty one where the batch has fewer images than there are
+    processes, which least=world_size prevents unless batch_size or n is smaller than that.
+    """
+    edges = bounds(len(split[1]), batch_size, least)
+    steps = range(first, len(edges), every)
+    per_chunk = 1 if key is None else max(1, CHUNK // batch_size)
+    options = {"crop_pad": crop_pad, "flip": flip, "augment": augment, "erase": erase}
+    chunks = augmented_chunks(split, edges, steps, per_chunk, mean, std, device, key=key, **options)
+    for chunk_steps, offset, chunk_images, chunk_labels in chunks:
+        for step in chunk_steps:
+            start, stop = edges[step]
+            images = chunk_images[start - offset : stop - offset]
+            labels = chunk_labels[start - offset : stop - offset]
+            if key is not None and (mixup or cutmix):
+                images, labels = mix(images, labels, num_classes, mixup, cutmix, seeded(*key, step, "mix"))
+            own_start = len(labels) * rank // world_size
+            own_stop = len(labels) * (rank + 1) // world_size
+            yield images[own_start:own_stop], labels[own_start:own_stop]
+
+
+def augmented_chunks(split, edges, steps, per_chunk, mean, std, device, *, key, crop_pad, flip, augment, erase):
+    """Yield (steps, offset, images, labels) of each chunk of `per_chunk` batches that has some of the steps.
+
+    `offset` is the place of its first image in the epoch. Its random numbers depend on the key and its number alone, so
+    that an epoch can be entered at any step.
+    """
+    images, labels = split
+    n = len(labels)
+    mean = 255 * torch.tensor(mean, device=device)[:, None, None]
+    std = 255 * torch.tensor(std, device=device)[:, None, None]
+    order = torch.arange(n) if key is None else torch.randperm(n, generator=seeded(*key))
+    order = order.to(images.device)  # the host where the set is too large for the device: don't wait for its copies
+    to_gpu = torch.device(device).type == "cuda"  # a copy to the host that isn't waited for would be read too early
+    if key is not None and flip:
+        flips = alternating_flip(n, *key).to(device)
+
+    for chunk, first in enumerate(range(0, len(edges), per_chunk)):
+        inside = range(first, min(first + per_chunk, len(edges)))
+        wanted = [step for step in inside if step in steps]
+        if not wanted:
+            continue
+        start = edges[inside[0]][0]
+        stop = edges[inside[-1]][1]
+        chosen = order[start:stop]
+        x = images.index_select(0, chosen).to(device, non_blocking=to_gpu)
+        y = labels.index_select(0, chosen).to(device, non_blocking=to_gpu)
+        if key is not None:
+            generator = seeded(*key, chunk, device=device)
+            flipped = flips[chosen.to(device, non_blocking=to_gpu)] if flip else None
+            geometry = distort if augment == "strong" else crop_and_flip
+            x = geometry(x, crop_pad, flipped, generator)
+        x = x.float().sub_(mean).mul_(1 / std)
+        if key is not None and erase:
+            x = erase_some(x, erase, generator)
+        yield wanted, start, x, y
+
+
+def alternating_flip(n: int, seed: int, epoch: int) -> Tensor:
+    """Choose which of n images are flipped, bool (n,): a random half, in every second epoch the others.
+
+    So two epochs show both sides of every image (airbench, arXiv:2404.00498).
+    """
+    flipped = torch.rand(n, generator=seeded(seed, "flip")) < 0.5
+    return ~flipped if epoch % 2 else flipped
+
+
+def crop_and_flip(images: Tensor, crop_pad: int, flipped: Tensor | None, generator: Generator) -> Tensor:
+    """Crop at random from the images with crop_pad pixels of reflect padding, and flip some: one gather.
+
+    (b, channels, height, width) -> the same shape and dtype. `flipped` is bool (b,), or None for none.
+    """
+    b, channels, height, width = images.shape
+    if crop_pad >= min(height, width):
+        raise ValueError(f"crop_pad {crop_pad} must be smaller than the image, {height}x{width} pixels")
+
+    def sources(size):
+        """Where each row (or column) of the crops comes from: int64 (b, size)."""
+        shift = torch.randint(-crop_pad, crop_pad + 1, (b, 1), generator=generator, device=images.device)
+        place = (torch.arange(size, device=images.device) + shift).abs()  # reflected at the near border
+        return size - 1 - (size - 1 - place).abs()  # and at the far one
+
+    rows = sources(height)
+    columns = sources(width)
+    if flipped is not None:
+        columns = torch.where(flipped[:, None], columns.flip(1), columns)
+    index = (rows[:, :, None] * width + columns[:, None, :]).view(b, 1, -1).expand(-1, channels, -1)
+    return images.flatten(2).gather(2, index).view(images.shape)
+
+
+def distort(images: Tensor, max_shift: int, flipped: Tensor | None, generator: Generator) -> Tensor:
+    """Rotate, shear, scale and translate every image by random amounts, and flip some: one interpolation for all.
+
+    uint8 (b, channels, size, size) -> float32, 0..255. `max_shift` is in pixels, `flipped` as above. Images of one
+    channel, such as digits, get elastic jitter besides, those of three get another brightness, contrast and saturation.
+    """
+    b, channels, size, _ = images.shape
+
+    def uniform(limit):
+        return limit * (2 * torch.rand(b, generator=generator, device=images.device) - 1)
+
+    angle = uniform(math.radians(12))
+    shear = uniform(math.tan(math.radians(10)))
+    zoom = 1.15 ** uniform(1)
+    sign = torch.ones_like(zoom) if flipped is None else 1 - 2 * flipped.float()
+    cos = angle.cos() / zoom
+    sin = angle.sin() / zoom
+    x = uniform(2 * max_shift / size)  # affine_grid takes the image to be 2 wide
+    y = uniform(2 * max_shift / size)
+    matrix = torch.stack([cos * sign, cos * shear - sin, x, sin * sign, sin * shear + cos, y], 1).view(b, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    if channels == 1:  # displace 4x4 points by 1.2 pixels, and those between them smoothly
+        coarse = 1.2 * 2 / size * torch.randn(b, 2, 4, 4, generator=generator, device=images.device)
+        spread = F.interpolate(torch.eye(4, device=images.device)[None, None], (size, 4), mode="bicubic")[0, 0]
+        grid = grid + (spread @ coarse @ spread.T).permute(0, 2, 3, 1)
+    padding = "reflection" if channels == 3 else "border"  # reflected strokes would make other digits
+    images = F.grid_sample(images.float(), grid, padding_mode=padding, align_corners=False)
+    if channels == 3:
+        brightness = 1 + uniform(0.3)[:, None, None, None]
+        contrast = 1 + uniform(0.3)[:, None, None, None]
+        saturation = 1 + uniform(0.3)[:, None, None, None]
+        grey = images.mean(1, keepdim=True)
+        middle = grey.mean((2, 3), keepdim=True)
+        images = brightness * middle + contrast * (grey - middle + saturation * (images - grey))
+    return images.clamp(0, 255)
+
+
+def rectangles(area, ratio, height: int, width: int, generator: Generator, device) -> Tensor:
+    """Draw a rectangle at random in each image: bool masks (b, 1, height, width) on the device, true inside.
+
+    `area` (a share of the image's) and `ratio` (of the sides) are float (b,) on the generator's device, which may be
+    the CPU: four numbers an image are copied then, not a mask.
+    """
+
+    def interval(length, size):
+        length = (length.clamp(max=1) * size).round()
+        start = (torch.rand(len(length), generator=generator, device=length.device) * (size - length + 1)).floor()
+        return [start, start + length]
+
+    edges = interval((area * ratio).sqrt(), height) + interval((area / ratio).sqrt(), width)
+    top, bottom, left, right = torch.stack(edges).to(device, non_blocking=True)[:, :, None, None, None]
+    row = torch.arange(height, device=device)[:, None]
+    column = torch.arange(width, device=device)
+    return (row >= top) & (row < bottom) & (column >= left) & (column < right)
+
+
+def erase_some(images: Tensor, share: float, generator: Generator) -> Tensor:
+    """Fill a rectangle of 2 to 33 % of the area with noise, in that share of images (arXiv:1708.04896)."""
+    area, ratio, chance = torch.rand(3, len(images), generator=generator, device=images.device)
+    mask = rectangles(0.02 + 0.31 * area, 9**ratio / 3, *images.shape[2:], generator, images.device)
+    mask &= (chance < share)[:, None, None, None]
+    return torch.where(mask, torch.randn(images.shape, generator=generator, device=images.device), images)
+
+
+def mix(images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: float, generator: Generator):
+    """Mix every image with the one before it in the batch, and their labels alike: float32 (b, num_classes).
+
+    By mixup (arXiv:1710.09412) it's the weighted mean of both, by cutmix (arXiv:1905.04899) a rectangle of the other
+    one in its place. Each weight is drawn from Beta(alpha, alpha); cutmix's become the areas in whole pixels. An alpha
+    of 0 turns one off; of both, a batch takes one at random. `generator` is on the CPU: no device is waited for.
+    """
+    cut = cutmix and (not mixup or torch.rand((), generator=generator) < 0.5)
+    alpha = torch.full((2, len(images)), cutmix if cut else mixup, dtype=torch.float64)
+    gammas = torch._standard_gamma(alpha, generator)  # of which Beta is a ratio; torch's Beta takes no generator
+    weight = (gammas[0] / gammas.sum(0)).float()
+    if cut:
+        other = rectangles(1 - weight, torch.ones(len(weight)), *images.shape[2:], generator, images.device)
+        weight = (~other).float()
+    else:
+        weight = weight.to(images.device, non_blocking=True)[:, None, None, None]
+    one_hot = F.one_hot(labels, num_classes).float()
+    mixed_labels = torch.lerp(one_hot.roll(1, 0), one_hot, weight.mean((1, 2, 3))[:, None])
+    return torch.lerp(images.roll(1, 0), images, weight), mixed_labels
+
+
+def tta_views(images: Tensor, *, flip: bool, shift: int = 1) -> list[Tensor]:
+    """Return the batch as it is, translated by shift pixels either way along the diagonal, and with flip these flipped.
+
+    Uses reflect padding, so shift must be smaller than the image.
+    """
+    height, width = images.shape[2:]
+    if shift >= min(height, width):
+        raise ValueError(f"shift {shift} must be smaller than the image, {height}x{width} pixels")
+    padded = F.pad(images, (shift, shift, shift, shift), mode="reflect")
+    places = [shift, 0, 2 * shift] if shift else [0]  # the first is the batch as it is
+    views = [padded[..., place : place + height, place : place + width] for place in places]
+    if flip:
+        views += [view.flip(3) for view in views]
+    return views
+
+
+def tta(model, images: Tensor, *, flip: bool, shift: int = 1) -> Tensor:
+    """Return the mean of a model's logits over `tta_views` (test-time augmentation)."""
+    return torch.stack([model(view) for view in tta_views(images, flip=flip, shift=shift)]).mean(0)
+
+
+def add_args(parser) -> None:
+    flag = parser.add_argument
+    crop = "random crops with N pixels of reflect padding (%(default)s)"
+    flip = "alternating horizontal flip (%(default)s)"
+    augment = "strong: affine, elastic, colour jitter (%(default)s)"
+    flag("--crop-pad", type=int, default=0, metavar="N", help=crop)
+    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help=flip)
+    flag("--augment", choices=["none", "strong"], default="none", help=augment)
+    flag("--reprob", type=float, default=0.0, metavar="P", help="random erasing in that share of images (%(default)s)")
+    flag("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of images; 0: off (%(default)s)")
+    flag("--cutmix", type=float, default=0.0, metavar="ALPHA", help="paste rectangles of images; 0: off (%(default)s)")
+
+
+# ---------------------------------------------------------------------------------------------- the plot
+
+
+def read_images(paths, size=32) -> Tensor:
+    """Read image files, or draw 8 polygons if there are none: uint8 (n, 3, size, size)."""
+    import numpy
+    from PIL import Image, ImageDraw, ImageOps
+
+    images = [ImageOps.fit(Image.open(path).convert("RGB"), (size, size)) for path in paths]
+    if not paths:
+        for i in range(8):
+            image = Image.new("RGB", (size, size), f"hsl({45 * i}, 50%, 30%)")
+            circle = (0.4 * size, 0.5 * size, 0.3 * size)  # around the polygon, left of the middle: a flip is seen
+            ImageDraw.Draw(image).regular_polygon(circle, 3 + i, fill=f"hsl({45 * i + 150}, 80%, 60%)")
+            images.append(image)
+    return torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) for image in images])
+
+
+def show(images: Tensor, path, **options) -> None:
+    """Plot images, what each of the options of `batches` does to them, and what all do together, into a file."""
+    from PIL import Image, ImageDraw
+
+    n = len(images)
+    rows = [{}] + [{name: value} for name, value in options.items()]
+    if len(options) > 1:
+        rows.append(options)
+    plot = Image.new("RGB", (110 + 96 * n, 100 * len(rows)), "white")
+    for row, chosen in enumerate(rows):
+        split = images, torch.arange(n)
+        x, _ = next(batches(split, n, (0.5,) * 3, (0.25,) * 3, "cpu", key=(0, 0), num_classes=n, **chosen))
+        pixels = (255 * (0.25 * x + 0.5)).round().clamp(0, 255).byte()
+        strip = torch.cat(list(pixels), 2).permute(1, 2, 0)
+        strip = Image.fromarray(strip.numpy()).resize((96 * n, 96), Image.Resampling.NEAREST)
+        plot.paste(strip, (110, 100 * row))
+        label = "\n".join(f"{name} {value}" for name, value in chosen.items())
+        ImageDraw.Draw(plot).text((4, 100 * row + 4), label or "as they are", "black")
+    plot.save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Plot augmentation.", allow_abbrev=False, usage=argparse.SUPPRESS)
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files (polygons, if there are none)")
+    parser.add_argument("--show", required=True, metavar="FILE", help="where to write the plot")
+    add_args(parser)
+    args = parser.parse_args()
+    options = {"augment": args.augment} if args.augment != "none" else {}
+    for name in ("crop_pad", "flip", "reprob", "mixup", "cutmix"):
+        value = getattr(args, name)
+        if not 0 <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value} must be a finite number of at least 0")
+        if value:
+            options["erase" if name == "reprob" else name] = value
+    try:
+        show(read_images(args.images), args.show, **options)
+    except (ValueError, OSError) as error:  # Pillow raises both
+        parser.error(" ".join(str(error).split()))
+    print(f"wrote {args.show}")
+
+
+if __name__ == "__main__":
+    main()
