@@ -1,19 +1,23 @@
 """A vision transformer for CIFAR-10.
 
-    python vit.py --depth 9                      # what it costs on this machine
+    python vit.py --depth 9                      # parameters, multiply-adds, shapes
     python train.py --model vit                  # train it
 
-Copied alone, this file needs torch and einops and nothing else:
+Or in a program of your own, with torch and einops:
 
+    import torch
+    from vit import ViT
+
+    images = torch.randn(8, 3, 32, 32)
     model = ViT(image_size=32, patch_size=4, num_classes=10, dim=192, depth=6, heads=3, mlp_dim=384)
     logits = model(images)                       # (batch, 3, 32, 32) -> (batch, 10)
 """
 
 import argparse
+import inspect
 import itertools
 import math
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +42,23 @@ RECIPE = dict(
 )
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382): in training, x is zero for a random part of the images, else scaled up."""
+POOLS = ("cls", "mean")
+STEMS = ("patch", "conv")
 
-    def __init__(self, p):
+
+def pair(size) -> tuple:
+    """32 -> (32, 32)"""
+    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv:1603.09382): in training, zero x for a random share p of the images, else scale it up."""
+
+    def __init__(self, p: float):
         super().__init__()
         self.p = p
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
         keep = torch.rand(len(x), 1, 1, device=x.device) >= self.p
@@ -55,7 +68,7 @@ class DropPath(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, (batch, tokens, dim) -> (batch, tokens, dim)."""
 
-    def __init__(self, dim, heads, dim_head, dropout, qkv_bias=False):
+    def __init__(self, dim: int, heads: int, dim_head: int, dropout: float, qkv_bias: bool = False):
         super().__init__()
         self.heads = heads
         self.scale = dim_head**-0.5
@@ -63,7 +76,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(heads * dim_head, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.split(x)
         if x.device.type == "cpu":
             # For sequences this short, torch's fused attention takes longer on a CPU than these two products.
@@ -72,41 +85,47 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v)
         return self.dropout(self.to_out(rearrange(out, "b h n d -> b n (h d)")))
 
-    def split(self, x):
+    def split(self, x: torch.Tensor) -> torch.Tensor:
         """The queries, keys and values of all heads: (3, batch, heads, tokens, dim_head)."""
         return rearrange(self.to_qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
 
-    def weights(self, q, k):
+    def weights(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """(batch, heads, tokens, dim_head) twice -> (batch, heads, tokens, tokens); rows sum to 1."""
         return ((q * self.scale) @ k.transpose(-1, -2)).softmax(dim=-1, dtype=q.dtype)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: each branch sees its input normalised per token over the features."""
+    """A pre-norm transformer block, (batch, tokens, dim) -> the same shape.
 
-    def __init__(self, dim, heads, dim_head, mlp_dim, dropout, drop_path, qkv_bias, norm_eps):
+    LayerNorm (arXiv:1607.06450) normalises each token over its features: unlike batch norm it needs no other image.
+    """
+
+    def __init__(
+        self, dim: int, mlp_dim: int, attention: Attention, *, dropout: float, drop_path: float, norm_eps: float
+    ):
         super().__init__()
         self.norm_1 = nn.LayerNorm(dim, norm_eps)
-        self.attention = Attention(dim, heads, dim_head, dropout, qkv_bias)
+        self.attention = attention
         self.norm_2 = nn.LayerNorm(dim, norm_eps)
         self.mlp = nn.Sequential(
             nn.Linear(dim, mlp_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_dim, dim), nn.Dropout(dropout)
         )
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.drop_path(self.attention(self.norm_1(x)))
         return x + self.drop_path(self.mlp(self.norm_2(x)))
 
 
-def conv_stem(channels, dim, patch_size):
+def conv_stem(channels: int, dim: int, patch_size: int) -> nn.Sequential:
     """3x3 convolutions in place of patches, (b, channels, h, w) -> (b, dim, h / patch_size, w / patch_size).
 
     Each is followed by 2x2 max-pooling, batch norm and GELU, and has about twice the channels of the one before. As in
     CCT (arXiv:2104.05704), whose stem has no norm and ReLU.
     """
-    layers, halvings = [], patch_size.bit_length() - 1
+    halvings = patch_size.bit_length() - 1
     widths = [channels, *(dim >> k for k in reversed(range(halvings)))]
+    layers = []
     for before, after in itertools.pairwise(widths):
         conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
         layers += [conv, nn.MaxPool2d(2), nn.BatchNorm2d(after), nn.GELU()]
@@ -116,8 +135,8 @@ def conv_stem(channels, dim, patch_size):
 class ViT(nn.Module):
     """Vision transformer, pre-norm, with learned positions (arXiv:2010.11929).
 
-    forward: (batch, channels, height, width) -> (batch, num_classes), unnormalised scores, or (batch, dim), the
-    normalised features, if num_classes=0.
+    forward: (batch, channels, height, width) -> (batch, num_classes), logits; with num_classes=0
+    (batch, dim), the normalised features.
 
     The keywords are those of vit-pytorch's ViT; image_size and patch_size may be pairs (height, width). What differs
     from the paper: pool="mean" averages the tokens in place of a class token; positions start at standard deviation 1,
@@ -134,95 +153,106 @@ class ViT(nn.Module):
     def __init__(
         self,
         *,
-        image_size,
-        patch_size,
-        num_classes,
-        dim,
-        depth,
-        heads,
-        mlp_dim,
-        pool="cls",
-        channels=3,
-        dim_head=None,
-        dropout=0.0,
-        emb_dropout=0.0,
-        drop_path=0.0,
-        qkv_bias=False,
-        norm_eps=1e-5,
-        stem="patch",
+        image_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        num_classes: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_dim: int,
+        pool: str = "cls",
+        channels: int = 3,
+        dim_head: int | None = None,
+        dropout: float = 0.0,
+        emb_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        qkv_bias: bool = False,
+        norm_eps: float = 1e-5,
+        stem: str = "patch",
     ):
         super().__init__()
         self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.image_size, self.patch_size = pair(image_size), pair(patch_size)
-        for size, patch in zip(self.image_size, self.patch_size, strict=True):
-            if patch < 1 or size % patch:
-                fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-                raise ValueError(f"--patch-size {patch} must divide the image's {size} pixels: one of {fitting}")
-        for name, value in dict(dim=dim, depth=depth, heads=heads, mlp_dim=mlp_dim, dim_head=dim_head).items():
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
-        if dim_head is None and dim % heads:
-            fitting = ", ".join(str(n) for n in range(1, min(dim, 33)) if dim % n == 0)
-            raise ValueError(f"--heads {heads} must divide --dim {dim}: one of {fitting}")
-        if pool not in POOLS:
-            raise ValueError(f"--pool {pool} is not known; known are {', '.join(POOLS)}")
-        for name, value in dict(dropout=dropout, emb_dropout=emb_dropout, drop_path=drop_path).items():
-            if not 0 <= value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 0 and less than 1")
-        if not 0 < norm_eps < math.inf:
-            raise ValueError(f"--norm-eps {norm_eps} must be a finite number above 0")
-
-        if stem not in STEMS:
-            raise ValueError(f"--stem {stem} is not known; known are {', '.join(STEMS)}")
-        (height, width), (p, q) = self.image_size, self.patch_size
-        if stem == "conv" and (p != q or p & (p - 1) or not 2 <= p <= dim):
-            raise ValueError(f"--stem conv halves the image: --patch-size {patch_size} must be 2, 4, 8 ... up to --dim")
-
-        tokens = (height // p) * (width // q)
-        conv = stem == "conv"
-        self.patch_embedding = conv_stem(channels, dim, p) if conv else nn.Linear(channels * p * q, dim)
+        self.check()
+        (height, width), (patch_height, patch_width) = self.image_size, self.patch_size
+        tokens = (height // patch_height) * (width // patch_width)
+        if stem == "conv":
+            self.patch_embedding = conv_stem(channels, dim, patch_height)
+        else:
+            self.patch_embedding = nn.Linear(channels * patch_height * patch_width, dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim)) if pool == "cls" else None
         self.pos_embedding = nn.Parameter(torch.randn(1, tokens + (pool == "cls"), dim))
         self.dropout = nn.Dropout(emb_dropout)
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.Sequential(
-            *(Block(dim, heads, dim_head or dim // heads, mlp_dim, dropout, rate, qkv_bias, norm_eps) for rate in rates)
-        )
+        blocks = []
+        for i in range(depth):
+            attention = Attention(dim, heads, dim_head or dim // heads, dropout, qkv_bias)
+            share = drop_path * i / max(1, depth - 1)
+            blocks.append(Block(dim, mlp_dim, attention, dropout=dropout, drop_path=share, norm_eps=norm_eps))
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim, norm_eps)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         if num_classes:
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
-    def layer_of(self, name):
-        """The layer of a parameter, for rates by depth: 0 the embeddings, then the blocks, last norm and head."""
+    def check(self):
+        """Raise ValueError for sizes that make no network."""
+        args = self.model_args
+        for size, patch in zip(self.image_size, self.patch_size, strict=True):
+            if patch < 1 or size % patch:
+                fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+                raise ValueError(f"patch_size {patch} must divide image_size {size}: try {fitting}")
+        for name in ("dim", "depth", "heads", "mlp_dim", "dim_head"):
+            if args[name] is not None and args[name] < 1:
+                raise ValueError(f"{name} {args[name]} must be >= 1")
+        if args["dim_head"] is None and args["dim"] % args["heads"]:
+            fitting = ", ".join(str(n) for n in range(1, min(args["dim"], 33)) if args["dim"] % n == 0)
+            raise ValueError(f"heads {args['heads']} must divide dim {args['dim']}: try {fitting}")
+        for name, known in (("pool", POOLS), ("stem", STEMS)):
+            if args[name] not in known:
+                raise ValueError(f"{name} {args[name]} is unknown: choose from {', '.join(known)}")
+        for name in ("dropout", "emb_dropout", "drop_path"):
+            if not 0 <= args[name] < 1:
+                raise ValueError(f"{name} {args[name]} must be >= 0 and < 1")
+        if not 0 < args["norm_eps"] < 1:
+            raise ValueError(f"norm_eps {args['norm_eps']} must be above 0 and < 1")
+        patch = self.patch_size[0]
+        powers = [2**k for k in range(1, args["dim"].bit_length())]
+        if args["stem"] == "conv" and (self.patch_size != (patch, patch) or patch not in powers):
+            raise ValueError(
+                f"patch_size {args['patch_size']} must be 2, 4, 8 ... up to dim: stem conv halves the image"
+            )
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter: 0 the embeddings, then the blocks, last norm and head."""
         part, _, rest = name.partition(".")
         if part == "blocks":
             return 1 + int(rest.partition(".")[0])
         return 1 + len(self.blocks) if part in ("norm", "head") else 0
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.blocks(self.embed(images)))
         return self.head(x[:, 0] if self.cls_token is not None else x.mean(dim=1))
 
-    def embed(self, images):
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
         """The first block's input: (batch, tokens, dim), the class token first if there is one."""
         if images.shape[-2:] != self.image_size:
             # Left alone, a smaller image would be trained with the wrong positions, silently.
-            got, want = ("x".join(map(str, size)) for size in (images.shape[-2:], self.image_size))
-            raise ValueError(f"the images are {got} pixels, the model was built for {want}: resize them")
-        p, q = self.patch_size
+            found = "x".join(str(n) for n in images.shape[-2:])
+            wanted = "x".join(str(n) for n in self.image_size)
+            raise ValueError(f"images of {found} pixels don't fit, the model was built for {wanted}: resize them")
+        height, width = self.patch_size
         if self.model_args["stem"] == "conv":
             x = rearrange(self.patch_embedding(images), "b d h w -> b (h w) d")
         else:
-            x = self.patch_embedding(rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=q))
+            x = self.patch_embedding(rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=height, q=width))
         if self.cls_token is not None:
             x = torch.cat([repeat(self.cls_token, "1 1 d -> b 1 d", b=x.shape[0]), x], dim=1)
         return self.dropout(x + self.pos_embedding)
 
     @torch.no_grad()
-    def attention_maps(self, images):
-        """What each token looks at in each layer: (layers, batch, heads, tokens, tokens); rows sum to 1."""
+    def attention_maps(self, images: torch.Tensor) -> torch.Tensor:
+        """What each token attends to in each layer: (layers, batch, heads, tokens, tokens); rows sum to 1."""
         x, maps = self.embed(images), []
         for block in self.blocks:
             q, k, _ = block.attention.split(block.norm_1(x))
@@ -230,34 +260,23 @@ class ViT(nn.Module):
             x = block(x)
         return torch.stack(maps)
 
-    def resize_positions(self, state):
-        """A state dict of ours whose positions are interpolated to this model's patches, bicubic, if they don't fit.
+    def resize_positions(self, state: dict) -> dict:
+        """A state dict of ours with its positions interpolated to this model's patches, bicubic, if they don't fit.
 
         They are taken for those of a square image. A class token's is kept, or dropped if this model has no such token.
         """
-        old, (height, width), (p, q) = state["pos_embedding"], self.image_size, self.patch_size
+        old = state["pos_embedding"]
         side = math.isqrt(old.shape[1])  # side * side + 1 is never a square: the rest is 1 with a class token, else 0
         rest = old.shape[1] - side * side
         if old.shape == self.pos_embedding.shape or rest != ("cls_token" in state):
             return state
+        rows = self.image_size[0] // self.patch_size[0]
+        columns = self.image_size[1] // self.patch_size[1]
         grid = rearrange(old[:, rest:], "1 (h w) d -> 1 d h w", h=side)
-        grid = F.interpolate(grid.float(), (height // p, width // q), mode="bicubic", antialias=True)
+        grid = F.interpolate(grid.float(), (rows, columns), mode="bicubic", antialias=True)
         patches = rearrange(grid, "1 d h w -> 1 (h w) d")
         kept = old[:, :rest] if self.cls_token is not None else old[:, :0]
-        return state | dict(pos_embedding=torch.cat([kept, patches], dim=1))
-
-
-def rollout(maps):
-    """Attention roll-out (arXiv:2005.00928): how much of each input token is in each output token.
-
-    (layers, batch, heads, tokens, tokens) -> (batch, tokens, tokens); rows sum to 1. The heads are averaged, and half
-    of a layer's output counts as its own input, for the connection that goes round the attention.
-    """
-    eye = torch.eye(maps.shape[-1], device=maps.device)
-    result = eye
-    for layer in maps.float().mean(2):
-        result = (layer + eye) / 2 @ result
-    return result
+        return {**state, "pos_embedding": torch.cat([kept, patches], dim=1)}
 
 
 # timm's names and ours, of layers that have the same weights in both.
@@ -269,53 +288,51 @@ FROM_TIMM = {
     "mlp.fc1": "mlp.0",
     "mlp.fc2": "mlp.3",
 }
+NOT_TIMM = "these are not the weights of a vit_* of timm: patch_embed, pos_embed, blocks ..."
 
 
-def from_timm(weights):
-    """The state dict of a vit_* of timm as (keywords for ViT, state dict for it): the same model, the same output.
+def from_timm(weights: dict) -> tuple[dict, dict]:
+    """The weights of a vit_* of timm as (keywords for ViT, state dict for it): the same model, the same output.
 
-        timm                              here
-        patch_embed.proj.weight, .bias    patch_embedding.weight, .bias   (d, c, p, q) -> (d, p * q * c)
-        cls_token, pos_embed              cls_token, pos_embedding
-        blocks.N.norm1, .norm2            blocks.N.norm_1, .norm_2
-        blocks.N.attn.qkv, .attn.proj     blocks.N.attention.to_qkv, .attention.to_out
-        blocks.N.mlp.fc1, .mlp.fc2        blocks.N.mlp.0, .mlp.3
-        norm, head                        norm, head
-
+    Besides the names in FROM_TIMM, patch_embed.proj becomes patch_embedding, as a matrix, and pos_embed pos_embedding.
     The weights don't tell the number of heads: it's dim / 64, at most 16, in timm's models. Its norms have eps 1e-6.
     Raises ValueError for weights with other layers (registers, layer scale, a norm after pooling ...).
     """
     state = {}
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(NOT_TIMM)
+        for theirs, ours in FROM_TIMM.items():
+            name = name.replace(f".{theirs}.", f".{ours}.")
+        state[name.replace("patch_embed.proj.", "patch_embedding.").replace("pos_embed", "pos_embedding")] = tensor
     try:
-        for name, tensor in weights.items():
-            for theirs, ours in FROM_TIMM.items():
-                name = name.replace(f".{theirs}.", f".{ours}.")
-            state[name.replace("patch_embed.proj.", "patch_embedding.").replace("pos_embed", "pos_embedding")] = tensor
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-        dim, channels, p, _ = state["patch_embedding.weight"].shape
-        mlp_dim, side = len(state["blocks.0.mlp.0.weight"]), math.isqrt(state["pos_embedding"].shape[1])
-    except (AttributeError, KeyError, ValueError, IndexError):
-        raise ValueError("these are not the weights of a vit_* of timm: patch_embed, pos_embed, blocks ...") from None
+        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+        dim, channels, patch, _ = state["patch_embedding.weight"].shape
+        mlp_dim = state["blocks.0.mlp.0.weight"].shape[0]
+        side = math.isqrt(state["pos_embedding"].shape[1])
+        num_classes = state["head.weight"].shape[0] if "head.weight" in state else 0
+    except (KeyError, ValueError, IndexError):
+        raise ValueError(NOT_TIMM) from None
     state["patch_embedding.weight"] = rearrange(state["patch_embedding.weight"], "d c p q -> d (p q c)")
-    keywords = dict(
-        image_size=side * p, patch_size=p, channels=channels, num_classes=len(state.get("head.weight", ())), dim=dim,
-        depth=depth, heads=min(16, dim // 64) or 1, mlp_dim=mlp_dim, pool="cls" if "cls_token" in state else "mean",
-        qkv_bias="blocks.0.attention.to_qkv.bias" in state, norm_eps=1e-6,
-    )  # fmt: skip
+    keywords = {
+        "image_size": side * patch,
+        "patch_size": patch,
+        "channels": channels,
+        "num_classes": num_classes,
+        "dim": dim,
+        "depth": depth,
+        "heads": min(16, dim // 64) or 1,
+        "mlp_dim": mlp_dim,
+        "pool": "cls" if "cls_token" in state else "mean",
+        "qkv_bias": "blocks.0.attention.to_qkv.bias" in state,
+        "norm_eps": 1e-6,
+    }
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in ViT(**keywords).state_dict().items()}
     found = {name: tensor.shape for name, tensor in state.items()}
     if odd := sorted(set(expected.items()) ^ set(found.items())):
         raise ValueError(f"only plain vit_* weights of timm fit, without extra layers: see {odd[0][0]}")
     return keywords, state
-
-
-POOLS = ("cls", "mean")
-STEMS = ("patch", "conv")
-
-
-def pair(size):
-    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
 
 
 def add_args(parser):
@@ -336,54 +353,35 @@ def add_args(parser):
     flag("--norm-eps", type=float, default=default["norm_eps"], metavar="X", help="added to variances (%(default)s)")
 
 
-def build(args, *, image_size, channels, num_classes):
-    names = "patch_size stem dim depth heads mlp_dim dim_head pool dropout emb_dropout drop_path qkv_bias norm_eps"
-    own = {name: getattr(args, name) for name in names.split()}
-    return ViT(image_size=image_size, channels=channels, num_classes=num_classes, **own)
-
-
-def describe(model, name):
-    """Print a model's size, what one image costs it, and its speed in float32 on this device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    sizes = model.model_args
-    images = torch.randn(64, sizes["channels"], sizes["image_size"], sizes["image_size"], device=device)
-    model.to(device)
-
-    def clock():
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter()
-
-    with FlopCounterMode(display=False) as counter:
-        logits = model(images)
-    times = []
-    for _ in range(9):
-        start = clock()
-        loss = model(images).square().mean()
-        middle = clock()
-        loss.backward()
-        times.append((middle - start, clock() - middle))
-    forward, backward = (sorted(t)[len(t) // 2] for t in zip(*times, strict=True))
-    print(f"{type(model).__name__}({', '.join(f'{k}={v!r}' for k, v in sizes.items())})")
-    print(f"parameters     {sum(p.numel() for p in model.parameters()):,}")
-    print(f"multiply-adds  {counter.get_total_flops() // 2 // len(images):,} an image")
-    print(f"shapes         {tuple(images.shape)} -> {tuple(logits.shape)}")
-    print(f"speed          {len(images) / (forward + backward):,.0f} images/s on {device.type} in float32")
-    print(f"               (batch of {len(images)}: forward {forward * 1e3:.1f} ms, backward {backward * 1e3:.1f} ms)")
-    print(" ".join(["train it       python train.py --model", name, *sys.argv[1:]]))
+def build(args, *, image_size: int, channels: int, num_classes: int) -> ViT:
+    """The model that the flags of add_args describe."""
+    sizes = {"image_size": image_size, "channels": channels, "num_classes": num_classes}
+    for name in inspect.signature(ViT).parameters.keys() - sizes.keys():
+        sizes[name] = getattr(args, name)
+    return ViT(**sizes)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, usage=argparse.SUPPRESS)
+    """Print what a model costs: parameters, multiply-adds, shapes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parser = argparse.ArgumentParser(
+        description="Print what the model costs.", allow_abbrev=False, usage=argparse.SUPPRESS
+    )
     add_args(parser)
     args = parser.parse_args()
     try:
         model = build(args, image_size=32, channels=3, num_classes=10)
-    except ValueError as error:
-        parser.error(str(error))
-    describe(model, "vit")
+    except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:  # sizes that no memory can hold
+        parser.error(str(error).split("\n")[0])
+    images = torch.randn(1, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        logits = model.eval()(images)
+    print(f"{type(model).__name__}({', '.join(f'{name}={value!r}' for name, value in model.model_args.items())})")
+    print(f"parameters     {sum(p.numel() for p in model.parameters()):,}")
+    print(f"multiply-adds  {counter.get_total_flops() // 2:,} an image")
+    print(f"shapes         {tuple(images.shape)} -> {tuple(logits.shape)}")
+    print("train it       " + " ".join(["python train.py --model vit", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

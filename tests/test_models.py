@@ -18,7 +18,7 @@ def test_shapes_and_first_loss(model):
     images = images_for(model)
     logits = model.eval()(images)
     assert logits.shape == (8, 10)
-    articles = model.model_args.get("arch") == "plain" or model.model_args.get("batch_norm") is False
+    articles = model.model_args.get("arch") in ("plain", "relu") or model.model_args.get("batch_norm") is False
     if not articles:  # theirs start as torch starts them
         loss = F.cross_entropy(logits, torch.arange(8))
         assert loss.item() == pytest.approx(math.log(10))
@@ -50,6 +50,7 @@ def test_eval_treats_each_image_alone_and_train_drops_at_random(model):
 def test_memorises_a_batch(name):
     torch.manual_seed(0)
     model = models()[name].train()
+    torch.manual_seed(1)
     images, labels = images_for(model, 16), torch.arange(16) % 10
     images = images + torch.randn(16, images.shape[1], 1, 1)  # a tint each: averages over noise are all alike
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
@@ -136,11 +137,21 @@ def test_vit_refuses_images_of_another_size():
         lambda: cnn_cifar10.CNN(arch="deep"),
         lambda: cnn_cifar10.CNN(widths=(8,) * 6),
         lambda: cnn_cifar10.CNN(widths=(0, 8)),
-        lambda: mlp_mnist.MLP(hidden=()),
+        lambda: vit.ViT(**VIT | dict(heads=5)),
         lambda: mlp_mnist.MLP(hidden=(8, 0)),
         lambda: mlp_mnist.MLP(dropout=math.nan),
     ],
 )
 def test_models_refuse_what_makes_no_network(build):
-    with pytest.raises(ValueError, match=r"--\w+ "):
+    with pytest.raises(ValueError, match=r"^(arch|widths|heads|hidden|dropout) "):
         build()
+
+
+def test_an_mlp_without_hidden_layers_is_linear():
+    torch.manual_seed(0)
+    model = mlp_mnist.MLP(hidden=())
+    linear = torch.nn.Linear(784, 10)
+    linear.load_state_dict({"weight": model.head.weight, "bias": model.head.bias})
+    images = images_for(model)
+    assert count(model) == 7850 and torch.equal(model(images), linear(images.flatten(1)))
+    assert model.head.weight.abs().max() > 0  # it starts as torch starts it
