@@ -1,10 +1,14 @@
-"""Optimizers by name, and the parameter groups they work on.
+"""Optimizers by name, and the parameter groups they work on. Needs torch alone.
 
+    import torch
+    from optimizers import OPTIMIZERS, parameter_groups
+
+    model = torch.nn.Linear(2, 2)
     groups = parameter_groups(model, weight_decay=0.05)
     optimizer = OPTIMIZERS["adamw"](groups, lr=1e-3, opt_betas=(0.9, 0.95))
 
-Copied alone, this file needs torch and nothing else. To add an optimizer, write a function here whose keywords are
-flags of train.py, name it in OPTIMIZERS and give its defaults in DEFAULTS.
+To add an optimizer, write a function here whose keywords are flags of train.py, name it in OPTIMIZERS and give its
+defaults in DEFAULTS.
 """
 
 import argparse
@@ -16,38 +20,44 @@ import math
 import torch
 
 
-def sgd(groups, *, lr, momentum, nesterov):
-    return torch.optim.SGD(groups, lr, momentum, nesterov=nesterov, fused=True)
+def sgd(groups, *, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
+    """The weight decay is coupled: added to the gradient."""
+    options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+    optimizer = torch.optim.SGD(groups, lr, fused=True, **options)
+    for group in optimizer.param_groups if momentum else ():
+        for p in group["params"]:  # torch leaves the buffers uninitialised if a GradScaler skips the first step
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
-def adam(groups, *, lr, opt_betas):
+def adam(groups, *, lr, opt_betas=(0.9, 0.999), weight_decay=0.0):
     """The weight decay is coupled: added to the gradient, so it's scaled by the second moment like the gradient."""
-    return torch.optim.Adam(groups, lr, opt_betas, fused=True)
+    return torch.optim.Adam(groups, lr, opt_betas, weight_decay=weight_decay, fused=True)
 
 
-def adamw(groups, *, lr, opt_betas):
+def adamw(groups, *, lr, opt_betas=(0.9, 0.999), weight_decay=0.0):
     """The weight decay is decoupled: weights shrink by lr * weight_decay, whatever the gradient (arXiv:1711.05101)."""
-    return torch.optim.AdamW(groups, lr, opt_betas, fused=True)
+    return torch.optim.AdamW(groups, lr, opt_betas, weight_decay=weight_decay, fused=True)
 
 
-def nadam(groups, *, lr, opt_betas):
-    return torch.optim.NAdam(groups, lr, opt_betas)
+def nadam(groups, *, lr, opt_betas=(0.9, 0.999), weight_decay=0.0):
+    return torch.optim.NAdam(groups, lr, opt_betas, weight_decay=weight_decay)
 
 
-def radam(groups, *, lr, opt_betas):
-    return torch.optim.RAdam(groups, lr, opt_betas)
+def radam(groups, *, lr, opt_betas=(0.9, 0.999), weight_decay=0.0):
+    return torch.optim.RAdam(groups, lr, opt_betas, weight_decay=weight_decay)
 
 
-def rmsprop(groups, *, lr, momentum):
-    return torch.optim.RMSprop(groups, lr, momentum=momentum)
+def rmsprop(groups, *, lr, momentum=0.0, weight_decay=0.0):
+    return torch.optim.RMSprop(groups, lr, momentum=momentum, weight_decay=weight_decay)
 
 
-def adagrad(groups, *, lr):
-    return torch.optim.Adagrad(groups, lr)
+def adagrad(groups, *, lr, weight_decay=0.0):
+    return torch.optim.Adagrad(groups, lr, weight_decay=weight_decay)
 
 
-def adadelta(groups, *, lr):
-    return torch.optim.Adadelta(groups, lr)
+def adadelta(groups, *, lr, weight_decay=0.0):
+    return torch.optim.Adadelta(groups, lr, weight_decay=weight_decay)
 
 
 def rprop(groups, *, lr):
@@ -55,9 +65,9 @@ def rprop(groups, *, lr):
     return torch.optim.Rprop(groups, lr)
 
 
-def muon(groups, *, lr, momentum, opt_betas):
-    """Muon for hidden matrices and filters, as parameter_groups(hidden=True) marks them; AdamW for the rest."""
-    return Muon(groups, lr=lr, betas=opt_betas, momentum=momentum)
+def muon(groups, *, lr, momentum=0.95, opt_betas=(0.9, 0.999), weight_decay=0.0):
+    """Muon for hidden matrices and filters, as parameter_groups(use_muon=True) marks them; AdamW for the rest."""
+    return Muon(groups, lr=lr, momentum=momentum, betas=opt_betas, weight_decay=weight_decay)
 
 
 def lbfgs(groups, *, lr):
@@ -66,84 +76,116 @@ def lbfgs(groups, *, lr):
     return torch.optim.LBFGS(parameters, lr, max_iter=5, history_size=10, line_search_fn="strong_wolfe")
 
 
-class Muon(torch.optim.AdamW):
-    """Momentum with its directions made equally long (https://kellerjordan.github.io/posts/muon/), decoupled decay.
+class Muon(torch.optim.Optimizer):
+    """Muon, orthogonalised momentum (https://kellerjordan.github.io/posts/muon/), with decoupled weight decay.
 
-    It works on the groups marked "hidden"; the others get AdamW. A filter is a matrix with a row per output. The factor
-    0.2 * sqrt(longer side) makes the numbers of an update as large as AdamW's, so that both take the same rate
-    (arXiv:2502.16982).
+    It works on the groups with use_muon=True; an AdamW of its own looks after the others. A filter is a matrix with a
+    row per output. The multiplier 0.2 * sqrt(longer side) makes the numbers of an update as large as AdamW's, so that
+    both take the same learning rate (arXiv:2502.16982). Raises ValueError if no group has use_muon.
     """
 
-    def __init__(self, groups, *, lr, betas, momentum):
-        super().__init__(groups, lr, betas, fused=True)
-        if not any(group.get("hidden") for group in self.param_groups):
-            raise ValueError("--opt muon finds no matrix of a hidden layer to work on: use --opt adamw")
-        self._step_supports_amp_scaling = False  # a fused AdamW says True, but for Muon a GradScaler must unscale
-        for group in self.param_groups:
-            group.setdefault("hidden", False)
-            group["momentum"] = momentum
+    def __init__(self, groups, *, lr, momentum=0.95, betas=(0.9, 0.999), weight_decay=0.0):
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "use_muon": False,
+        }
+        super().__init__(groups, defaults)
+        if not any(group["use_muon"] for group in self.param_groups):
+            raise ValueError("opt muon needs a matrix of a hidden layer, in a group with use_muon=True: try adamw")
+        self.connect()
+
+    def connect(self):
+        """Let the AdamW work on the groups that aren't Muon's, and keep its state where state_dict() finds it."""
+        others = [group for group in self.param_groups if not group["use_muon"]]
+        self.adamw = None
+        if others:
+            self.adamw = torch.optim.AdamW([p for group in others for p in group["params"]], fused=True)
+            for name, value in self.adamw.defaults.items():
+                for group in others:
+                    group.setdefault(name, value)
+            self.adamw.param_groups = others  # the same dicts: it sees every change of the learning rate
+            self.adamw.state = self.state
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.connect()
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            alike = {}
-            for p in group["params"] if group["hidden"] else ():
-                if p.grad is not None:
-                    alike.setdefault((len(p), p[0].numel()), []).append(p)
-            for (rows, columns), params in alike.items():
-                for p in params:
-                    if "momentum_buffer" not in self.state[p]:  # AdamW looks for a "step" in what it loads
-                        self.state[p].update(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))
-                momenta, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
-                updates = orthogonal(torch.stack([x.reshape(rows, columns) for x in ahead]))
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                steps = [update.reshape(p.shape).to(p.dtype) for update, p in zip(updates, params, strict=True)]
-                torch._foreach_add_(params, steps, alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
-                for p in params:
-                    p.grad = None  # AdamW passes over it
-        super().step()
+            if group["use_muon"]:
+                self.update(group)
+        if self.adamw:
+            self.adamw.step()
+        return loss
+
+    def update(self, group):
+        """A step of Muon: matrices of the same shape are orthogonalised together."""
+        alike = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                alike.setdefault((len(p), p[0].numel()), []).append(p)
+        for (rows, columns), params in alike.items():
+            grads = [p.grad for p in params]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
+            updates = orthogonal(torch.stack([x.reshape(rows, columns) for x in ahead]))
+            steps = [update.reshape(p.shape).to(p.dtype) for update, p in zip(updates, params, strict=True)]
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, steps, alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
 
 
-def orthogonal(matrices, steps=5):
-    """(k, rows, columns) -> the same with singular values of about 1: five steps of Newton and Schulz, in bf16."""
+def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """(k, rows, columns) -> the same with singular values of about 1, by Newton-Schulz iterations in bf16."""
     slow = matrices.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()  # slow in bf16
     x = matrices.to(torch.float32 if slow else torch.bfloat16)
-    x = x.mT if x.shape[1] > x.shape[2] else x
+    transposed = x.shape[1] > x.shape[2]
+    if transposed:
+        x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+    return x.mT if transposed else x
 
 
 OPTIMIZERS = {f.__name__: f for f in (sgd, adam, adamw, nadam, radam, rmsprop, adagrad, adadelta, rprop, muon, lbfgs)}
-# What a flag is worth when neither the user nor a model's RECIPE says it.
+# The defaults of each, where neither the user nor a model's RECIPE gives another value.
 DEFAULTS = {
-    "sgd": dict(lr=0.1, weight_decay=5e-4, momentum=0.9),
-    "adam": dict(lr=1e-3),
-    "adamw": dict(lr=1e-3, weight_decay=0.05),
-    "nadam": dict(lr=1e-3),
-    "radam": dict(lr=1e-3),
-    "rmsprop": dict(lr=1e-3),
-    "adagrad": dict(lr=0.01),
-    "adadelta": dict(lr=1.0),
-    "rprop": dict(lr=1e-3),
-    "muon": dict(lr=2e-3, weight_decay=0.05, momentum=0.95),
-    "lbfgs": dict(lr=1.0),
+    "sgd": {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9},
+    "adam": {"lr": 1e-3},
+    "adamw": {"lr": 1e-3, "weight_decay": 0.05},
+    "nadam": {"lr": 1e-3},
+    "radam": {"lr": 1e-3},
+    "rmsprop": {"lr": 1e-3},
+    "adagrad": {"lr": 0.01},
+    "adadelta": {"lr": 1.0},
+    "rprop": {"lr": 1e-3},
+    "muon": {"lr": 2e-3, "weight_decay": 0.05, "momentum": 0.95},
+    "lbfgs": {"lr": 1.0},
 }
-NO_DECAY = ("rprop", "lbfgs")  # have no weight decay in torch
-SCALARS = ("step", "mu_product")  # in the state of a parameter; all else in it has the parameter's shape
-DECAY = {"weight_decay", "decay_all", "layer_decay", "lr_scale"}  # flags for parameter_groups, not for the optimizer
+GROUP_OPTIONS = {"weight_decay", "decay_all", "layer_decay", "lr_scale"}  # flags that parameter_groups reads
 
 
-def options_of(opt):
-    """The flags that an optimizer reads, as a set of names."""
+def options_of(opt: str) -> set[str]:
+    """The flags that an optimizer reads."""
     reads = set(inspect.signature(OPTIMIZERS[opt]).parameters) - {"groups"}
+    if "weight_decay" in reads:
+        reads.add("decay_all")
     if opt != "lbfgs":
         reads |= {"layer_decay", "lr_scale"}
-    return reads | (set() if opt in NO_DECAY else {"weight_decay", "decay_all"})
+    return reads
 
 
 def add_args(parser):
@@ -151,162 +193,149 @@ def add_args(parser):
     flag("--lr", type=float, metavar="X", help="learning rate at the schedule's peak (depends on --opt and the model)")
     flag("--weight-decay", "--wd", type=float, default=0.0, metavar="X", help="(depends on --opt and the model)")
     flag("--decay-all", action="store_true", help="decay biases, norms, tokens and positions too, not matrices alone")
-    flag("--layer-decay", type=float, default=1.0, metavar="X", help="rate of a layer / of the next one (%(default)s)")
-    flag(
-        "--lr-scale",
-        type=scale,
-        action="append",
-        default=[],
-        metavar="PREFIX=X",
-        help="rate of PREFIX, times X (%(default)s)",
-    )
+    flag("--layer-decay", type=float, default=1.0, metavar="X", help="layer-wise learning-rate decay (%(default)s)")
+    scaling = "multiply the learning rate of PREFIX by X; repeatable"
+    flag("--lr-scale", type=scale, action="append", default=[], metavar="PREFIX=X", help=scaling)
     flag("--momentum", type=float, default=0.0, metavar="X", help="sgd, rmsprop, muon (sgd 0.9, muon 0.95)")
     flag("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="sgd: Nesterov momentum")
     flag("--opt-betas", type=pair, default=(0.9, 0.999), metavar="B,B", help="the adam family, muon (%(default)s)")
 
 
-def pair(text):
+def pair(text: str) -> tuple[float, float]:
     """argparse type: '0.9,0.95' -> (0.9, 0.95)."""
-    first, second = (float(part) for part in text.split(","))
-    return first, second
+    first, second = text.split(",")
+    return float(first), float(second)
 
 
-def scale(text):
+def scale(text: str) -> tuple[str, float]:
     """argparse type: 'head=0.1' -> ("head", 0.1)."""
-    prefix, _, factor = text.rpartition("=")
-    return prefix, float(factor)
+    prefix, _, multiplier = text.rpartition("=")
+    return prefix, float(multiplier)
 
 
-def layers(model):
+def layers(model: torch.nn.Module) -> dict[str, int]:
     """By parameter name the layer, counted from the input.
 
-    A model with a method layer_of(name) says so itself. Else every matrix or filter begins a layer, in the order in
+    A model with a method layer_of(name) decides itself. Else every matrix or filter begins a layer, in the order in
     which the model registers them, and the biases and norms that follow belong to it.
     """
     if hasattr(model, "layer_of"):
         return {name: model.layer_of(name) for name, _ in model.named_parameters()}
     found, layer = {}, -1
     for name, parameter in model.named_parameters():
-        layer += parameter.ndim >= 2
+        if parameter.ndim >= 2:
+            layer += 1
         found[name] = max(0, layer)
     return found
 
 
-def lies_in(name, prefix):
+def lies_in(name: str, prefix: str) -> bool:
     """blocks.1.norm.bias lies in blocks.1 and in blocks, and not in blocks.1.n. It is one of *.norm.bias, too."""
     return fnmatch.fnmatchcase(f"{name}.", f"{prefix}.*")
 
 
-def parameter_groups(model, *, weight_decay, decay_all=False, lr=None, layer_decay=1.0, lr_scale=(), hidden=False):
-    """Groups for an optimizer. Every parameter of the model is in one of them, save those that are frozen.
+def parameter_groups(
+    model: torch.nn.Module,
+    *,
+    weight_decay: float,
+    decay_all: bool = False,
+    lr: float | None = None,
+    layer_decay: float = 1.0,
+    lr_scale: list[tuple[str, float]] = (),
+    use_muon: bool = False,
+) -> list[dict]:
+    """Groups for an optimizer. Every parameter of the model is in one of them, except those that are frozen.
 
-    Matrices and filters decay, and the rest only with decay_all: biases and norms are told by their number of
+    Matrices and filters decay, and the rest only with decay_all: biases and norms are recognised by their number of
     dimensions, and a model names what else to spare in `no_weight_decay`.
 
-    The rate of a layer is lr * layer_decay ** (number of layers above it), see layers(), times the factor of each
-    (prefix, factor) of lr_scale whose prefix its name begins with, where * stands for anything. It's in "lr", and in
-    "initial_lr" for schedules; without lr, the groups have neither. With `hidden`, matrices and filters of all layers
-    but the first and the last are in groups marked hidden=True, as Muon wants them. Raises ValueError for values out
-    of range, and for a prefix that no parameter has.
+    The learning rate of a layer is lr * layer_decay ** (number of layers above it), see layers(), times the multiplier
+    of each (prefix, multiplier) of lr_scale whose prefix its name begins with, where * stands for anything. It's in
+    "lr", and in "initial_lr" for schedules; without lr, the groups have neither. With use_muon, matrices and filters
+    of all layers but the first and the last are in groups with use_muon=True. Raises ValueError for values out of
+    range, and for a prefix that no parameter has.
     """
-    if not 0 < layer_decay <= 1:
-        raise ValueError(f"--layer-decay {layer_decay} must be above 0 and at most 1")
     layer_of = layers(model)
-    for prefix, factor in lr_scale:
-        if not 0 < factor < math.inf:
-            raise ValueError(f"--lr-scale {prefix}={factor} must be a finite number above 0")
-        if not any(lies_in(name, prefix) for name in layer_of):
-            known = {".".join(name.split(".")[:k]): None for name in layer_of for k in range(1, name.count(".") + 2)}
-            near = difflib.get_close_matches(prefix, known) or [name for name in known if "." not in name]
-            raise ValueError(f"--lr-scale {prefix}: no parameter is named so; there are {', '.join(near)}")
-    if lr is None and (layer_decay != 1 or lr_scale):
-        raise ValueError("layer_decay and lr_scale need lr: the rate that they are parts of")
-
-    spared, top = getattr(model, "no_weight_decay", ()), max(layer_of.values())
+    check_options(layer_of, lr, layer_decay, lr_scale)
+    spared = getattr(model, "no_weight_decay", ())
+    top = max(layer_of.values())
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = decay_all or (parameter.ndim >= 2 and name not in spared)
-        rate = layer_decay ** (top - layer_of[name])
-        rate *= math.prod(factor for prefix, factor in lr_scale if lies_in(name, prefix))
-        inner = hidden and parameter.ndim >= 2 and name not in spared and 0 < layer_of[name] < top
-        groups.setdefault((decays, rate, inner), []).append(parameter)
-    grouped = [id(parameter) for params in groups.values() for parameter in params]
-    trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
-    assert sorted(grouped) == sorted(trained), "a parameter is not in exactly one group"
-    rates = [{} if lr is None else dict(lr=lr * rate, initial_lr=lr * rate) for _, rate, _ in groups]
-    decay = [dict(weight_decay=weight_decay * decays) for decays, _, _ in groups]
-    marks = [dict(hidden=True) if inner else {} for _, _, inner in groups]
-    return [dict(params=p) | d | r | m for p, d, r, m in zip(groups.values(), decay, rates, marks, strict=True)]
+        is_matrix = parameter.ndim >= 2 and name not in spared
+        decays = decay_all or is_matrix
+        is_hidden = is_matrix and 0 < layer_of[name] < top
+        multiplier = layer_decay ** (top - layer_of[name])
+        multiplier *= math.prod(own for prefix, own in lr_scale if lies_in(name, prefix))
+        key = (decays, multiplier, use_muon and is_hidden)
+        if key not in groups:
+            group = {"params": [], "weight_decay": weight_decay if decays else 0.0}
+            if lr is not None:
+                group["lr"] = group["initial_lr"] = lr * multiplier
+            if key[2]:
+                group["use_muon"] = True
+            groups[key] = group
+        groups[key]["params"].append(parameter)
+    return list(groups.values())
 
 
-def describe_groups(model, groups):
-    """A line for each rate, the highest first: the layers that have it, how many of their numbers decay or are Muon's.
+def check_options(layer_of, lr, layer_decay, lr_scale):
+    """Raise ValueError for options of parameter_groups that are out of range."""
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay {layer_decay} must be above 0 and at most 1")
+    if lr is None and (layer_decay != 1 or lr_scale):
+        raise ValueError("layer_decay and lr_scale need lr, the learning rate that they multiply")
+    for prefix, multiplier in lr_scale:
+        if not 0 < multiplier < math.inf:
+            raise ValueError(f"lr_scale {prefix}={multiplier} must be a finite number above 0")
+        if not any(lies_in(name, prefix) for name in layer_of):
+            known = {}
+            for name in layer_of:
+                words = name.split(".")
+                for count in range(1, len(words) + 1):
+                    known[".".join(words[:count])] = None
+            near = difflib.get_close_matches(prefix, known) or [name for name in known if "." not in name]
+            raise ValueError(f"lr_scale {prefix}: no parameter has that prefix; there are {', '.join(near)}")
 
-    `groups` are those of parameter_groups with lr, or an optimizer's param_groups.
-    """
-    by_id, names = {id(p): name for name, p in model.named_parameters()}, {}
-    muon = {by_id[id(p)] for group in groups if group.get("hidden") for p in group["params"]}
-    for group in groups:
-        names.setdefault(group.get("initial_lr", group["lr"]), {}).update(
-            {by_id[id(p)]: group.get("weight_decay", 0) for p in group["params"]}
-        )
-    sizes, lines = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}, []
-    for lr, some in sorted(names.items(), reverse=True):
-        whole = {}  # the shortest prefixes of which all parameters have this rate
-        for name in filter(some.__contains__, sizes):
-            parts = name.split(".")
-            prefixes = (".".join(parts[:k]) for k in range(1, len(parts) + 1))
-            whole[next(p for p in prefixes if all(n in some for n in sizes if lies_in(n, p)))] = None
-        whole = list(whole)
-        whole[3:-2] = ["..."] if len(whole) > 6 else whole[3:-2]
-        count, decaying = (sum(sizes[n] for n, decay in some.items() if decay or all) for all in (True, False))
-        by_muon = f", {sum(sizes[n] for n in muon & some.keys()):,} by Muon" if muon else ""
-        lines.append(f"lr {lr:.3g}: {', '.join(whole)} ({count:,} parameters, {decaying:,} with weight decay{by_muon})")
+
+def describe_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """A line for each initial learning rate, the highest first: its layers, and how many of their numbers decay."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    by_lr = {}
+    for group in optimizer.param_groups:
+        by_lr.setdefault(group.get("initial_lr", group["lr"]), []).append(group)
+    lines = []
+    for lr, groups in sorted(by_lr.items(), reverse=True):
+        layers, total, by_muon, decaying = {}, 0, 0, {}
+        for group in groups:
+            count = sum(p.numel() for p in group["params"])
+            total += count
+            if group.get("use_muon"):
+                by_muon += count
+            if group.get("weight_decay"):
+                decaying[group["weight_decay"]] = decaying.get(group["weight_decay"], 0) + count
+            for p in group["params"]:
+                layers[names[id(p)]] = None
+        shown = prefixes([name for name in names.values() if name in layers], names.values())
+        line = f"lr {lr:.3g}: {', '.join(shown)} ({total:,} parameters"
+        for decay, count in decaying.items():
+            line += f", {count:,} with weight decay {decay:g}"
+        if by_muon:
+            line += f", {by_muon:,} by Muon"
+        lines.append(f"{line})")
     return lines
 
 
-def load_state(optimizer, saved):
-    """Put back what state_dict() of an optimizer with the same options gave.
-
-    Raises ValueError for what doesn't fit the parameters. torch looks at the shapes of no tensor, and its fused steps
-    would read beyond one that is smaller than its parameter.
-    """
-    groups = optimizer.state_dict()["param_groups"]
-    parameters = [(p, group.get("hidden")) for group in optimizer.param_groups for p in group["params"]]
-    if not isinstance(optimizer, torch.optim.LBFGS):  # that has one state for all
-        kinds = {}
-        for i, (parameter, hidden) in enumerate(parameters):
-            state = saved["state"].get(i, {})
-            kinds.setdefault(hidden, set()).add(frozenset((name, type(value)) for name, value in state.items()))
-            for name, value in state.items():
-                wanted = () if name in SCALARS else parameter.shape
-                if isinstance(value, torch.Tensor) and value.shape != wanted:
-                    raise ValueError(f"the optimizer's {name} is {tuple(value.shape)}, expected {tuple(wanted)}")
-        if any(len(kind) > 1 for kind in kinds.values()):
-            raise ValueError("the optimizer's state is not of the same kind for all parameters")
-    optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
-
-
-def step_with_closure(optimizer, gradient, seed):
-    """One step of an optimizer that evaluates the loss several times (L-BFGS). Returns the first evaluation."""
-    results = []
-
-    def closure():
-        torch.manual_seed(seed)  # the same dropout each time: the line search compares losses
-        results.append(gradient())
-        return results[-1][0]
-
-    optimizer.step(closure)
-    return results[0]
-
-
-def take_step(gradient, optimizer, scaler, seed):
-    """One optimizer step with a function that computes the gradient. Returns what that returns."""
-    if isinstance(optimizer, torch.optim.LBFGS):
-        return step_with_closure(optimizer, gradient, seed)
-    result = gradient()
-    scaler.step(optimizer)
-    scaler.update()
-    return result
+def prefixes(chosen, known):
+    """The shortest prefixes that name all the chosen parameters and no other; in the middle of many, ..."""
+    found = {}
+    for name in chosen:
+        words = name.split(".")
+        for count in range(1, len(words) + 1):
+            prefix = ".".join(words[:count])
+            if all(other in chosen for other in known if lies_in(other, prefix)):
+                found[prefix] = None
+                break
+    found = list(found)
+    return [*found[:3], "...", *found[-2:]] if len(found) > 6 else found

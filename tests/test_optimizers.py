@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, TINY_MLP, VIT, call, images_for, rates, same
+from conftest import TINY, TINY_MLP, VIT, call, images_for, rates, run_of, same
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import augment
 import bench
 import cnn_cifar10
-import data as datasets
 import mlp_mnist
 import optimizers
 import schedulers
@@ -66,8 +66,10 @@ class ReadsNothing(TorchDispatchMode):
     ],
 )
 def test_no_step_waits_for_the_device(device, flags, monkeypatch):
-    monkeypatch.setattr(datasets, "AT_ONCE", 1)  # so that each step augments images, too
-    steps = bench.ours(bench.set_up([*flags.split(), "--device", device]), False)
+    monkeypatch.setattr(augment, "CHUNK", 1)  # so that each step augments images, too
+    run = train.prepare(arguments.parse([*flags.split(), "--device", device])[0])
+    steps = bench.ours(run, cached=False)
+    next(steps)  # the model
     next(steps)
     with contextlib.ExitStack() as watch:
         watch.enter_context(ReadsNothing())
@@ -95,19 +97,10 @@ def test_every_optimizer_learns_at_its_own_rate(opt):
     images, labels = torch.randn(64, 8), torch.arange(64) % 3
     labels = (images[:, :3] + images[:, 3:6]).argmax(1)
     args = arguments.parse(["--opt", opt])[0]
-    optimizer, loss = train.make_optimizer(args, model), train.make_loss(args, None, None, None)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    run = run_of(args, model)
     losses = []
     for step in range(20 if opt == "lbfgs" else 250):
-
-        def gradient():
-            return train.backward(model, images, labels, 64, loss, args, "fp32", scaler, optimizer)
-
-        if opt == "lbfgs":
-            losses.append(optimizers.step_with_closure(optimizer, gradient, step)[0].item())
-        else:
-            losses.append(gradient()[0].item())
-            optimizer.step()
+        losses.append(train.train_step(run, images, labels, 64, seed=step)[0].item() / 64)
     assert losses[-1] < 0.93 * losses[0], losses[::30]
 
 
@@ -127,7 +120,7 @@ def test_whitening_takes_the_correlation_out():
 
 
 def test_convolutions_start_as_the_identity_of_their_inputs():
-    conv = cnn_cifar10.conv_norm_act(4, 8)["conv"]
+    conv = cnn_cifar10.ConvNormAct(4, 8).conv
     images = torch.randn(2, 4, 6, 6)
     assert torch.equal(conv(images)[:, :4], images) and not torch.equal(conv(images)[:, 4:], images)
 
@@ -138,7 +131,7 @@ def test_rates_by_pattern():
     rate = {id(p): group["lr"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert rate[id(parameter)] == 0.5 * (64 if name.endswith("norm.bias") else 2 if "head" in name else 1), name
-    with pytest.raises(ValueError, match=r"--lr-scale \*\.nrom\.bias: no parameter"):
+    with pytest.raises(ValueError, match=r"lr_scale \*\.nrom\.bias: no parameter"):
         optimizers.parameter_groups(model, weight_decay=0, lr=1, lr_scale=[("*.nrom.bias", 64.0)])
 
 
@@ -171,7 +164,7 @@ def test_adam_couples_weight_decay_and_adamw_does_not():
 
 def test_muon_without_a_hidden_layer_is_refused(tiny, capsys):
     assert call(*TINY_MLP, "--hidden", "8", "--opt", "muon") == 2
-    assert "--opt adamw" in capsys.readouterr().err
+    assert "try adamw" in capsys.readouterr().err
     assert call(*TINY_MLP, "--hidden", "8,4", "--opt", "muon") == 0
     assert "32 by Muon" in capsys.readouterr().out
     last = checkpoints.load(next(Path("runs").glob("*/last.pt")), keys=checkpoints.RESUME_KEYS)
@@ -197,9 +190,9 @@ def test_muon_is_for_hidden_matrices_and_adamw_for_the_rest():
     names = [name for name, _ in model.named_parameters()]
     options = dict(lr=0.01, weight_decay=0.5)
     optimizer = optimizers.muon(
-        optimizers.parameter_groups(model, **options, hidden=True), lr=0.01, momentum=0.9, opt_betas=(0.9, 0.99)
+        optimizers.parameter_groups(model, **options, use_muon=True), lr=0.01, momentum=0.9, opt_betas=(0.9, 0.99)
     )
-    marked = {id(p) for group in optimizer.param_groups if group["hidden"] for p in group["params"]}
+    marked = {id(p) for group in optimizer.param_groups if group["use_muon"] for p in group["params"]}
     assert {n for n, p in zip(names, parts, strict=True) if id(p) in marked} == {
         n for n in names if n.endswith("conv.weight")
     }
@@ -220,16 +213,13 @@ def test_muon_is_for_hidden_matrices_and_adamw_for_the_rest():
             assert torch.equal(new, other)
 
 
-def test_pieces_add_up_to_the_batch():
+def test_micro_batches_add_up_to_the_batch():
     model = mlp_mnist.MLP(hidden=(16,), batch_norm=False, dropout=0)
     images, labels = images_for(model, 23), torch.arange(23) % 10
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     gradients, results = [], []
     for accum in (1, 4):
         args = arguments.parse(["--accum", str(accum), "--smoothing", "0.1"])[0]
-        loss = train.make_loss(args, None, None, None)
-        results.append(train.backward(model, images, labels, 23, loss, args, "fp32", scaler, optimizer))
+        results.append(train.backward(run_of(args, model), images, labels, 23))
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert torch.allclose(results[0], results[1], rtol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
@@ -261,7 +251,7 @@ def test_layer_rates_by_prefix():
     found = rates(model, lr_scale=[("blocks.1", 0.5), ("head", 3.0), ("blocks", 0.1)])
     assert found["blocks.1.norm_1.bias"] == 0.05 and found["blocks.10.norm_1.bias"] == 0.1  # 1 isn't 10
     assert found["head.weight"] == 3 and found["cls_token"] == 1
-    with pytest.raises(ValueError, match=r"--lr-scale pos_embeding: .* pos_embedding"):
+    with pytest.raises(ValueError, match=r"lr_scale pos_embeding: .* pos_embedding"):
         rates(model, lr_scale=[("pos_embeding", 1)])
     with pytest.raises(ValueError, match="patch_embedding, blocks, norm, head"):
         rates(model, lr_scale=[("qqq", 1)])
@@ -280,8 +270,8 @@ def test_layer_rates_by_prefix():
 def test_groups_are_described_by_rate():
     model = vit.ViT(**VIT)
     options = dict(lr=0.01, weight_decay=0.1, layer_decay=0.5, lr_scale=[("blocks.1.mlp", 2)])
-    lines = optimizers.describe_groups(model, optimizers.parameter_groups(model, **options))
-    assert lines[0] == "lr 0.01: blocks.1.mlp, norm, head (4,586 parameters, 4,416 with weight decay)"
+    lines = optimizers.describe_groups(model, torch.optim.SGD(optimizers.parameter_groups(model, **options)))
+    assert lines[0] == "lr 0.01: blocks.1.mlp, norm, head (4,586 parameters, 4,416 with weight decay 0.1)"
     assert lines[1].startswith("lr 0.005: blocks.1.norm_1, blocks.1.attention, blocks.1.norm_2 (")
     assert lines[3].startswith("lr 0.00125: cls_token, pos_embedding, patch_embedding (3,680 parameters, 1,536 with")
     assert len(lines) == 4
