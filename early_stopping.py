@@ -1,122 +1,41 @@
 """Which epoch is the best so far, and is it time to stop? Both follow from the list of epochs, so there is no state.
 
-    history.append(dict(epoch=epoch, val_acc=..., val_loss=..., train_loss=..., lr=...))
-    best = best_row(history, "val_acc")
-    if best is history[-1]:
-        save(model)
-    if waited(history, best) >= patience:
-        print(explain(history, best, "val_acc", chance=math.log(classes))); break
+    from early_stopping import best_row, waited
 
-Copied alone, this file needs the standard library and nothing else.
+    history = []
+    for epoch, accuracy in enumerate([0.5, 0.7, 0.6, 0.65], start=1):
+        history.append({"epoch": epoch, "val_acc": accuracy})
+        best = best_row(history, "val_acc")
+        if best is history[-1]:
+            print(f"epoch {epoch} is the best so far: save the model")
+        if waited(history, best) >= 2:
+            print(f"no improvement for 2 epochs: stop after epoch {epoch}")
+            break
+
+Needs the standard library alone.
 """
 
 import math
-from itertools import pairwise
-from statistics import fmean, linear_regression, median
 
 
-def better(value, than, monitor, min_delta=0.0):
-    """Is `value` an improvement of `monitor`, by more than min_delta? A tie isn't one, and NaN never is."""
+def better(value: float, than: float, monitor: str, min_delta: float = 0.0) -> bool:
+    """Is `value` an improvement of `monitor` by more than min_delta? A tie isn't one, and NaN never is."""
     gain = than - value if monitor.endswith("loss") else value - than
     return gain > min_delta
 
 
-def best_row(history, monitor, min_delta=0.0):
+def best_row(history: list[dict], monitor: str, min_delta: float = 0.0) -> dict | None:
     """The best row of the history, the earlier of equals, or None while every value is NaN."""
     best = None
     for row in history:
-        if not math.isnan(row[monitor]) and (best is None or better(row[monitor], best[monitor], monitor, min_delta)):
+        if math.isnan(row[monitor]):
+            continue
+        if best is None or better(row[monitor], best[monitor], monitor, min_delta):
             best = row
     return best
 
 
-def waited(history, best, warmup_epochs=0):
+def waited(history: list[dict], best: dict | None, warmup_epochs: float = 0) -> int:
     """The number of evaluations since the best one. Those of the warm-up don't count."""
     since = max(best["epoch"] if best else 0, warmup_epochs)
     return sum(row["epoch"] > since for row in history)
-
-
-def explain(history, best, monitor, chance):
-    """Say in one line why `monitor` stands still since the best row, and what to try.
-
-    `chance` is the cross-entropy of a uniform guess, ln(classes).
-    """
-    last = history[-1]
-    changes = [f"{k.replace('_', ' ')} {best[k]:.4f} -> {last[k]:.4f}" for k in ("train_loss", "val_loss")]
-    return (
-        f"no better {monitor} than {best[monitor]:.4f} of epoch {best['epoch']} in {len(history)} epochs; since then "
-        f"{', '.join(changes)}, lr {best['lr']:.2g} -> {last['lr']:.2g}. {ADVICE[verdict(history, best, chance)]}."
-    )
-
-
-ADVICE = {
-    "not learning": "It learns nothing, the loss is that of a guess: check the set-up with diagnose.py, and try the "
-    "--lr that its --find-lr suggests",
-    "too high": "The rate is too high, the loss jumps, rises or is worse than a guess's: try a lower --lr, "
-    "--warmup-epochs, --clip-grad 1 or a --sched that lowers the rate",
-    "risen": "The rate has come up again since: give it the time to come down, with more --patience",
-    "too small": "The rate may be too small, the loss still falls, but slower than --min-delta and --patience ask for: "
-    "try a higher --lr that decays, --warmup-epochs, or more --patience",
-    "decayed": "The rate is too small, under a hundredth of its peak: if the loss should be lower, try a higher "
-    "--min-lr or --gamma, or more --epochs",
-    "overfitting": "It overfits, the validation loss doesn't follow the training loss down: try more augmentation, "
-    "--dropout, --weight-decay or a smaller model",
-    "converged": "It has converged, both losses stand still: try a --sched that lowers the rate if it is still high, "
-    "else a larger model",
-}
-
-
-def verdict(history, best, chance):
-    """The key of ADVICE that fits the rows since the best one (at least the last 5; 8 to see jumps)."""
-    last, at = history[-1], history.index(best)
-    rates, trains, vals = ([row[key] for row in history] for key in ("lr", "train_loss", "val_loss"))
-    since, early = (min(at, max(0, len(history) - n)) for n in (5, 8))
-    train_trend, val_trend = trend(trains, since), trend(vals, since)
-    jumps = any(swing(x[early:]) > max(0.1 * median(x[early:]), 0.02 * chance) for x in (trains, vals))
-    guesses = min(vals) > 0.98 * chance and min(trains) > 0.9 * min(chance, trains[0])
-    if 2 * best["lr"] < min(last["lr"], max(rates[: at + 1])):
-        return "risen"
-    rises = train_trend > 0 or last["train_loss"] > best["train_loss"] + 0.1 * chance
-    if rises or jumps or (guesses and max(vals) > 1.02 * chance):
-        return "too high"
-    if val_trend < 0:
-        return "too small"
-    if guesses and train_trend == 0:
-        return "not learning"
-    if val_trend > 0 or (train_trend < 0 and last["val_loss"] >= best["val_loss"]):
-        return "overfitting"
-    if train_trend < 0:
-        return "too small"
-    return "decayed" if last["lr"] < max(rates) / 100 else "converged"
-
-
-def trend(values, since):
-    """-1, 0 or 1: from the place `since` on, the values fall, stand still or rise.
-
-    The line fitted through them must climb by more than 3 times their scatter about it, and by more than 2% of the
-    range of all values: less is noise, or too little to matter.
-    """
-    recent = values[since:]
-    if len(recent) < 2:
-        return 0
-    slope, start = linear_regression(range(len(recent)), recent)
-    scatter = math.sqrt(fmean((value - start - slope * i) ** 2 for i, value in enumerate(recent)))
-    climb = slope * (len(recent) - 1)
-    if abs(climb) <= max(3 * scatter, 0.02 * (max(values) - min(values))):
-        return 0
-    return 1 if climb > 0 else -1
-
-
-def swing(values):
-    """By how much, on average, a value lies above both of its neighbours or below both (0: it lies between)."""
-    steps = [b - a for a, b in pairwise(values)]
-    return sum(min(abs(a), abs(b)) for a, b in pairwise(steps) if a * b < 0) / max(1, len(steps) - 1)
-
-
-def not_finite(steps):
-    """The place in steps of (loss, right answers, gradient norm) of the first that isn't finite, and what; or None."""
-    for place, (loss, _, norm) in enumerate(steps):
-        if not math.isfinite(loss):
-            return place, f"the training loss is {loss}"
-        if not math.isfinite(norm):
-            return place, f"the gradient's norm is {norm}"

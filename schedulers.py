@@ -1,32 +1,40 @@
 """Learning-rate schedules as plain functions of time, and a linear warm-up before any of them.
 
-    python schedulers.py --sched cosine --epochs 20 --warmup-epochs 2     # epoch,lr as CSV
-    python schedulers.py --sched all --epochs 90 --plot schedules.png     # all of them in one picture
+    python schedulers.py --sched cosine --epochs 20 --warmup-epochs 2        # epoch,lr as CSV
+    python schedulers.py --sched step,cosine --epochs 90 --plot lr.png       # some, or all, in one plot
 
-In a loop of your own (this file needs nothing but the standard library):
+In a loop of your own (this file needs the standard library alone):
 
-    factor = schedule("cosine", lr=0.1, epochs=20, warmup_epochs=2)
+    from schedulers import schedule
+
+    groups = [{"lr": 0.1}]                                      # in real life, optimizer.param_groups
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    multiplier = schedule("cosine", lr=0.1, epochs=20, warmup_epochs=2)
+    steps_per_epoch = 100
     for step in range(20 * steps_per_epoch):
-        for group in optimizer.param_groups:                    # group["initial_lr"] = group["lr"], once, before
-            group["lr"] = group["initial_lr"] * factor(step / steps_per_epoch)
-        ...
+        for group in groups:
+            group["lr"] = group["initial_lr"] * multiplier(step / steps_per_epoch)
 
 At every epoch boundary a schedule has the value of the torch.optim.lr_scheduler class named in its docstring, stepped
 once per epoch; between boundaries the smooth ones are smooth. There is no state to save: a schedule depends on the time
 alone, and plateau on the list of values that it has been shown.
 
 To add a schedule, write a function whose first argument is `t`, the epochs since the warm-up ended, and whose keywords
-are options of `schedule` (or `length`, `floor`, `values`, see there). It returns the factor of the starting rate. Then
-name it in SCHEDULES.
+are options of `schedule` (or `length`, `floor`, `values`, see there). It returns the multiplier of the initial learning
+rate. Then name it in SCHEDULES.
 """
 
 import argparse
 import bisect
 import inspect
 import math
+import os
 import sys
+from collections.abc import Callable, Sequence
 
-WARMUP_START = 0.01  # a warm-up starts at this part of its end, like LinearLR(start_factor=0.01): the rate is never 0
+WARMUP_START = 0.01  # a warm-up starts at this share of its end, like LinearLR(start_factor=0.01): the lr is never 0
+MOST_EPOCHS = 100_000  # to print or plot
 
 
 def none(t):
@@ -50,7 +58,7 @@ def exp(t, *, gamma):
 
 
 def cosine(t, *, t_max, floor):
-    """CosineAnnealingLR(T_max=t_max, eta_min=min_lr). It doesn't restart: beyond t_max the rate climbs back."""
+    """CosineAnnealingLR(T_max=t_max, eta_min=min_lr). It doesn't restart: after t_max the lr climbs back as it fell."""
     return floor + (1 - floor) * (1 + math.cos(math.pi * t / t_max)) / 2
 
 
@@ -82,95 +90,116 @@ def onecycle(t, *, length):
 
 def plateau(t, *, values, mode, gamma, patience_epochs, floor):
     """ReduceLROnPlateau(mode, factor=gamma, patience=patience_epochs, min_lr=min_lr, eps=0), shown `values` in turn."""
-    factor, best, waited = 1.0, -math.inf if mode == "max" else math.inf, 0
+    multiplier, best, waited = 1.0, None, 0
     for value in values:
-        if value > best * (1 + 1e-4) if mode == "max" else value < best * (1 - 1e-4):
+        if math.isnan(value):
+            improved = False
+        elif best is None:
+            improved = True
+        elif mode == "max":
+            improved = value > best * (1 + 1e-4)
+        else:
+            improved = value < best * (1 - 1e-4)
+        if improved:
             best, waited = value, 0
         else:
             waited += 1
         if waited > patience_epochs:
-            factor, waited = max(factor * gamma, floor), 0
-    return factor
+            multiplier, waited = max(multiplier * gamma, floor), 0
+    return multiplier
 
 
 SCHEDULES = {f.__name__: f for f in (none, step, multistep, exp, cosine, restarts, plateau, linear, onecycle)}
 
 
-def options_of(sched):
-    """The options of `schedule` that this schedule reads, as a set of names."""
+def options_of(sched: str) -> set[str]:
+    """The options of `schedule` that this schedule reads."""
     reads = set(inspect.signature(SCHEDULES[sched]).parameters)
-    return reads | ({"min_lr"} if "floor" in reads else set())
+    if "floor" in reads:
+        reads.add("min_lr")
+    return reads
 
 
 def schedule(
-    sched="cosine",
+    sched: str = "cosine",
     *,
-    lr,
-    epochs,
-    warmup_epochs=0.0,
-    min_lr=0.0,
-    gamma=None,
-    step_size=10.0,
-    milestones=None,
-    t_max=None,
-    t_0=None,
-    t_mult=1,
-    patience_epochs=10,
-    mode="max",
-):
-    """Build a schedule: a function `factor(epoch, values=())` that gives the factor of each group's own starting rate.
+    lr: float,
+    epochs: float,
+    warmup_epochs: float = 0.0,
+    min_lr: float = 0.0,
+    gamma: float | None = None,
+    step_size: float = 10.0,
+    milestones: Sequence[float] | None = None,
+    t_max: float | None = None,
+    t_0: float | None = None,
+    t_mult: int = 1,
+    patience_epochs: int = 10,
+    mode: str = "max",
+) -> Callable[[float, Sequence[float]], float]:
+    """Build a schedule: a function `multiplier(epoch, values=())` of each group's initial learning rate.
 
     `epoch` is a float, the epochs trained so far; `values` are the monitored values so far, one per epoch (read by
     plateau alone). All lengths are in epochs, fractions allowed, and count from the end of the warm-up, as in torch's
-    SequentialLR([LinearLR(0.01), ...]). `min_lr` is a rate for the group that starts at `lr`; the others keep their
-    ratio to it. Left out, gamma is 0.1 (0.9 for exp), milestones are 1/2 and 3/4 of the length, t_max is the length
-    and t_0 half of it. Raises ValueError for a value out of range.
+    SequentialLR([LinearLR(0.01), ...]). `min_lr` is the lowest learning rate of the group that starts at `lr`; the
+    others keep their ratio to it. Left out, gamma is 0.1 (0.9 for exp), milestones are 1/2 and 3/4 of the length, t_max
+    is the length and t_0 half of it. Raises ValueError for a value out of range.
     """
     if sched not in SCHEDULES:
-        raise ValueError(f"--sched {sched} is not known; known are {', '.join(SCHEDULES)}")
+        raise ValueError(f"sched {sched} is unknown: choose from {', '.join(SCHEDULES)}")
     length = epochs - warmup_epochs
     if gamma is None:
         gamma = 0.9 if sched == "exp" else 0.1
     if milestones is None:
         milestones = (length / 2, length * 3 / 4)
-    t_max, t_0 = length if t_max is None else t_max, length / 2 if t_0 is None else t_0
+    if t_max is None:
+        t_max = length
+    if t_0 is None:
+        t_0 = length / 2
+    increasing = all(a < b for a, b in zip((0, *milestones), (*milestones, math.inf), strict=True))
     for name, value, rule, holds in (
         ("lr", lr, "a finite number above 0", 0 < lr < math.inf),
         ("epochs", epochs, "a finite number above 0", 0 < epochs < math.inf),
-        ("warmup_epochs", warmup_epochs, f"at least 0 and less than --epochs {epochs:g}", 0 <= warmup_epochs < epochs),
-        ("min_lr", min_lr, f"between 0 and --lr {lr:g}", 0 <= min_lr <= lr),
+        ("warmup_epochs", warmup_epochs, f">= 0 and less than epochs, {epochs:g}", 0 <= warmup_epochs < epochs),
+        ("min_lr", min_lr, f"between 0 and lr, {lr:g}", 0 <= min_lr <= lr),
         ("gamma", gamma, "above 0 and at most 1", 0 < gamma <= 1),
-        ("step_size", step_size, "a finite number above 0", 0 < step_size < math.inf),
-        ("milestones", milestones, "increasing numbers above 0", _increasing(milestones)),
-        ("t_max", t_max, "a finite number above 0", 0 < t_max < math.inf),
-        ("t_0", t_0, "a finite number above 0", 0 < t_0 < math.inf),
-        ("t_mult", t_mult, "a whole number of at least 1", t_mult >= 1),
-        ("patience_epochs", patience_epochs, "a whole number of at least 0", patience_epochs >= 0),
+        ("step_size", step_size, "a finite number >= 1e-9", 1e-9 <= step_size < math.inf),
+        ("milestones", milestones, "increasing numbers above 0", increasing),
+        ("t_max", t_max, "a finite number >= 1e-9", 1e-9 <= t_max < math.inf),
+        ("t_0", t_0, "a finite number >= 1e-9", 1e-9 <= t_0 < math.inf),
+        ("t_mult", t_mult, "from 1 to 1,000,000", 1 <= t_mult <= 1_000_000),
+        ("patience_epochs", patience_epochs, ">= 0", patience_epochs >= 0),
     ):
         if not holds:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be {rule}")
-    function = SCHEDULES[sched]
-    known = dict(gamma=gamma, step_size=step_size, milestones=milestones, t_max=t_max, t_0=t_0, t_mult=t_mult)
-    known |= dict(patience_epochs=patience_epochs, mode=mode, length=length, floor=min_lr / lr)
-    keywords = {k: known[k] for k in options_of(sched) & set(known)}
+            raise ValueError(f"{name} {value} must be {rule}")
+    function, reads = SCHEDULES[sched], options_of(sched)
+    known = {
+        "gamma": gamma,
+        "step_size": step_size,
+        "milestones": milestones,
+        "t_max": t_max,
+        "t_0": t_0,
+        "t_mult": t_mult,
+        "patience_epochs": patience_epochs,
+        "mode": mode,
+        "length": length,
+        "floor": min_lr / lr,
+    }
+    keywords = {name: value for name, value in known.items() if name in reads}
 
-    def factor(epoch, values=()):
-        if "values" in options_of(sched):
+    def multiplier(epoch, values=()):
+        if "values" in reads:
             keywords["values"] = values[math.ceil(warmup_epochs) :]
         if epoch < warmup_epochs:
-            return (WARMUP_START + (1 - WARMUP_START) * epoch / warmup_epochs) * function(0.0, **keywords)
-        return function(round(epoch - warmup_epochs, 9), **keywords)  # 4 - 0.1 - 3.9 isn't 0, and a step would be late
+            warm = WARMUP_START + (1 - WARMUP_START) * epoch / warmup_epochs
+            return warm * function(0.0, **keywords)
+        return function(round(epoch - warmup_epochs, 9), **keywords)  # 4 - 0.1 - 3.9 isn't 0, a step would be late
 
-    return factor
-
-
-def _increasing(numbers):
-    return all(a < b for a, b in zip((0, *numbers), (*numbers, math.inf), strict=True))
+    return multiplier
 
 
-def numbers(text):
+def numbers(text: str) -> tuple[float, ...]:
     """argparse type: '30,80' -> (30.0, 80.0)."""
-    return tuple(float(part) for part in text.split(","))
+    return tuple(float(number) for number in text.split(","))
 
 
 def add_args(parser):
@@ -181,63 +210,81 @@ def add_args(parser):
         parser.add_argument(f"--{name}", type=type, default=default[name.replace("-", "_")], help=help, metavar="N")
 
     flag("warmup-epochs", float, "linear warm-up before the schedule, in epochs, fractions allowed (%(default)s)")
-    flag("min-lr", float, "cosine, restarts, linear, plateau: the lowest rate (%(default)s)")
-    flag("gamma", float, "step, multistep, exp, plateau: factor of each reduction (0.1; exp 0.9)")
+    flag("min-lr", float, "cosine, restarts, linear, plateau: the lowest learning rate (%(default)s)")
+    flag("gamma", float, "step, multistep, exp, plateau: multiplier of each reduction (0.1; exp 0.9)")
     flag("step-size", float, "step: epochs between reductions (%(default)s)")
     flag("milestones", numbers, "multistep: epochs of the reductions, as in 30,80 (1/2 and 3/4 of the run)")
-    flag("t-max", float, "cosine: epochs from the highest to the lowest rate (the run)")
+    flag("t-max", float, "cosine: epochs from the highest to the lowest lr (the run)")
     flag("t-0", float, "restarts: epochs of the first cycle (half of the run)")
     flag("t-mult", int, "restarts: each cycle is this many times as long as the one before (%(default)s)")
     flag("patience-epochs", int, "plateau: epochs without improvement before a reduction (%(default)s)")
 
 
+def names(text: str) -> list[str]:
+    """argparse type: 'step,cosine' -> ["step", "cosine"], 'all' -> all of them."""
+    chosen = list(SCHEDULES) if text == "all" else text.split(",")
+    if not set(chosen) <= SCHEDULES.keys():
+        raise argparse.ArgumentTypeError(f"{text} is unknown: choose from {', '.join(SCHEDULES)}, or all")
+    return chosen
+
+
 def main():
     parser = argparse.ArgumentParser(
-        description="Print or draw a learning-rate schedule.", allow_abbrev=False, usage=argparse.SUPPRESS
+        description="Print or plot learning-rate schedules.", allow_abbrev=False, usage=argparse.SUPPRESS
     )
-    parser.add_argument("--sched", default="cosine", choices=[*SCHEDULES, "all"], help="(%(default)s)")
-    parser.add_argument("--lr", type=float, default=0.1, help="the starting rate (%(default)s)")
+    several = "one or more with commas, or all (cosine)"
+    parser.add_argument("--sched", type=names, default=["cosine"], metavar="NAME", help=several)
+    parser.add_argument("--lr", type=float, default=0.1, help="the initial learning rate (%(default)s)")
     parser.add_argument("--epochs", type=float, default=20, help="length of the run (%(default)s)")
-    parser.add_argument("--plot", metavar="FILE", help="draw it into FILE instead (plateau: nothing ever improves)")
+    parser.add_argument("--plot", metavar="FILE", help="plot into FILE instead (plateau: nothing ever improves)")
     add_args(parser)
     args = parser.parse_args()
-    options = {k: v for k, v in vars(args).items() if k not in ("sched", "plot")}
-    names = list(SCHEDULES) if args.sched == "all" else [args.sched]
-    if args.sched == "all" and not args.plot:
-        parser.error("--sched all needs --plot FILE: one CSV holds one schedule")
+    options = {name: value for name, value in vars(args).items() if name not in ("sched", "plot")}
+    if len(args.sched) > 1 and not args.plot:
+        parser.error(f"--sched {','.join(args.sched)} needs --plot FILE: one CSV holds one schedule")
+    if not args.epochs <= MOST_EPOCHS:
+        parser.error(f"--epochs {args.epochs:g} must be at most {MOST_EPOCHS:,} to print or plot them")
+    read = {"warmup_epochs", *(option for name in args.sched for option in options_of(name))}
+    for name, default in schedule.__kwdefaults__.items():
+        if name in options and name not in read and options[name] != default:
+            parser.error(f"--{name.replace('_', '-')} has no effect with --sched {','.join(args.sched)}: leave it out")
     try:
-        factors = {name: schedule(name, **options) for name in names}
-    except ValueError as error:
-        parser.error(str(error))
+        multipliers = {name: schedule(name, **options) for name in args.sched}
+    except (ArithmeticError, ValueError) as error:
+        name, _, rest = str(error).partition(" ")
+        parser.error(f"--{name.replace('_', '-')} {rest}" if name in options else str(error))
     if args.plot:
         try:
-            return plot(factors, args.lr, args.epochs, args.plot)
+            return plot(multipliers, args.lr, args.epochs, args.plot)
         except (ValueError, OSError) as error:
             parser.error(f"--plot {args.plot} can't be written ({error})")
-    print("epoch,lr")
-    for epoch in range(int(args.epochs) + 1):
-        print(f"{epoch},{args.lr * factors[args.sched](epoch, [0.0] * epoch):.10g}")
-
-
-def plot(factors, lr, epochs, path):
     try:
-        import matplotlib
-    except ImportError:
-        return print("no picture: pip install matplotlib", file=sys.stderr)
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        print("epoch,lr")
+        for epoch in range(int(args.epochs) + 1):
+            print(f"{epoch},{args.lr * multipliers[args.sched[0]](epoch, [0.0] * epoch):.10g}")
+        sys.stdout.flush()
+    except BrokenPipeError:  # ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    columns = min(3, len(factors))
-    rows = math.ceil(len(factors) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns + 1, 2.2 * rows + 0.6), squeeze=False)
-    for axis in axes.flat[len(factors) :]:
+
+def plot(multipliers, lr, epochs, path):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no plot: pip install matplotlib", file=sys.stderr)
+    columns = min(3, len(multipliers))
+    rows = math.ceil(len(multipliers) / columns)
+    figure = Figure(figsize=(3.2 * columns + 1, 2.2 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(multipliers) :]:
         axis.remove()
-    epoch = [epochs * i / 1000 for i in range(1000)]  # not the last moment, at which restarts would start again
-    for (name, factor), axis in zip(factors.items(), axes.flat, strict=False):
-        axis.plot(epoch, [lr * factor(t, [0.0] * int(t)) for t in epoch], color="#0072B2")
+    points = [epochs * i / 2000 for i in range(2000)]  # not the last moment, at which restarts would start again
+    for (name, multiplier), axis in zip(multipliers.items(), axes.flat, strict=False):
+        values = [lr * multiplier(t, [0.0] * int(t)) for t in points]
+        jumps = name in ("step", "multistep", "plateau", "none")
+        axis.plot(points, values, color="#0072B2", drawstyle="steps-post" if jumps else "default")
         axis.set(title=name, xlim=(0, epochs), ylim=(0, lr * 1.05), xlabel="epoch", ylabel="learning rate")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     print(f"wrote {path}")
 

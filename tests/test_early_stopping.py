@@ -9,8 +9,7 @@ from conftest import TINY_MLP, call, rows, same, scripted, weights
 
 import data as datasets
 import early_stopping
-import train
-from utils import checkpoints, run_folder
+from utils import checkpoints, evaluation
 
 
 @pytest.mark.parametrize("monitor", ["val_acc", "val_loss"])
@@ -54,7 +53,7 @@ def test_early_stopping_fires_exactly_when_it_should(accuracies, flags, epochs, 
     assert result["stopped"] == ("early stop" if epochs < 10 else "finished")
     assert checkpoints.load("run/best.pt")["epoch"] == best and checkpoints.load("run/last.pt")["epoch"] == epochs
     said = capsys.readouterr().out
-    assert ("no better val_acc" in said and "--sched cosine were not reached" in said) == (epochs < 10)
+    assert ("no better val_acc" in said and "--sched cosine was not reached" in said) == (epochs < 10)
 
 
 def test_poisoned_test_labels_change_no_training(tiny, monkeypatch):
@@ -63,13 +62,13 @@ def test_poisoned_test_labels_change_no_training(tiny, monkeypatch):
 
     def poisoned():
         data = real()
-        data.test = (data.test[0], (data.test[1] + 1) % 10)
+        data.test = datasets.Split(data.test.images, (data.test.labels + 1) % 10)
         return data
 
     monkeypatch.setattr(datasets, "shapes", poisoned)
     assert call(*TINY_MLP, "--epochs", 3, "--out", "poisoned") == 0
     clean, poisoned = (checkpoints.load(f"{name}/last.pt") for name in ("clean", "poisoned"))
-    untimed = [k for k in run_folder.COLUMNS if k not in ("seconds", "images_per_second")]
+    untimed = [k for k in checkpoints.COLUMNS if k not in ("seconds", "images_per_second")]
     assert [[r[k] for k in untimed] for r in clean["history"]] == [[r[k] for k in untimed] for r in poisoned["history"]]
     assert same(clean["state_dict"], poisoned["state_dict"]) and same(
         weights("clean/best.pt"), weights("poisoned/best.pt")
@@ -79,14 +78,14 @@ def test_poisoned_test_labels_change_no_training(tiny, monkeypatch):
 
 
 def test_the_test_set_is_read_once_with_the_best_weights(tiny, monkeypatch):
-    read, real = [], train.evaluate
+    read, real = [], evaluation.evaluate
 
-    def evaluate(model, part, *rest, **scoring):
-        if len(part[1]) == 40:
+    def evaluate(model, split, *rest, **options):
+        if len(split.labels) == 40:
             read.append({k: v.clone() for k, v in model.state_dict().items()})
-        return real(model, part, *rest, **scoring)
+        return real(model, split, *rest, **options)
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     assert call(*TINY_MLP, "--epochs", 4, "--out", "run") == 0
     assert len(read) == 1 and same(read[0], dict(weights("run/best.pt")))
 

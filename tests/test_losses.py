@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-from conftest import give_head_weights
 
-import data as datasets
 import losses
-import mlp_mnist
 from utils import ema
 
 SCORES = torch.tensor([[2.0, 0.0, -1.0], [0.5, 3.0, 4.0]])
@@ -62,14 +59,15 @@ def test_every_loss_trains(expression):
         optimizer.zero_grad()
         loss(model(images), labels).backward()
         optimizer.step()
-    assert (model(images).argmax(1) == labels).float().mean() > 0.75  # chance: 0.25
+    # Chance is 0.25. The median of a one-hot label is 0: a linear model gains less by l1.
+    assert (model(images).argmax(1) == labels).float().mean() > (0.5 if expression == "l1" else 0.75)
 
 
 @pytest.mark.parametrize(
-    "wrong", ["", "l1", "ce+", "0*ce", "-1*ce", "ce*2", "nan*ce", "inf*mse", "a*ce", "ce-mse", "2*"]
+    "wrong", ["", "l2", "ce+", "0*ce", "-1*ce", "ce*2", "nan*ce", "inf*mse", "a*ce", "ce-mse", "2*"]
 )
 def test_wrong_losses_are_refused_with_the_grammar(wrong):
-    with pytest.raises(ValueError, match=r"--loss .* must be one of ce, mse, euclidean, cosine, or a sum .*ce\+0.5"):
+    with pytest.raises(ValueError, match=r"loss .* must be one of ce, mse, l1, euclidean, cosine, or a sum .*ce\+0.5"):
         losses.parse(wrong)
 
 
@@ -84,7 +82,7 @@ def test_distillation_is_scaled_divergence():
 def test_average_equals_one_by_hand():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
-    average, expected = ema.Average(model, decay=0.5), {k: v.clone() for k, v in model.state_dict().items()}
+    average, expected = ema.Ema(model, decay=0.5), {k: v.clone() for k, v in model.state_dict().items()}
     for t in range(14):
         model(torch.randn(8, 4))  # moves the batch norm's statistics
         for parameter in model.parameters():
@@ -95,26 +93,12 @@ def test_average_equals_one_by_hand():
             mixed = decay * expected[name] + (1 - decay) * value
             expected[name] = mixed if value.is_floating_point() else value.clone()
         if t == 6:  # stopped, and gone on with
-            state, average = average.state_dict(), ema.Average(model, decay=0.5)
+            state, average = average.state_dict(), ema.Ema(model, decay=0.5)
             average.load_state_dict(state)
     assert expected["1.num_batches_tracked"] == 14
     for name, value in average.model.state_dict().items():
         assert torch.allclose(value, expected[name], rtol=1e-5, atol=1e-6), name
     assert not any(p.requires_grad for p in average.model.parameters()) and not average.model.training
     assert all(p.requires_grad for p in model.parameters()) and model.training
-    with pytest.raises(ValueError, match="--ema 1"):
-        ema.Average(model, 1)
-
-
-def test_views_and_their_mean():
-    images = torch.arange(64.0).view(1, 1, 8, 8).expand(3, 2, 8, 8)
-    as_it_is, up_left, down_right, *mirrored = datasets.views(images, flip=True, shift=2)
-    assert torch.equal(as_it_is, images) and len(mirrored) == 3
-    assert torch.equal(up_left[..., 2:, 2:], images[..., :-2, :-2])
-    assert torch.equal(down_right[..., :-2, :-2], images[..., 2:, 2:])
-    assert torch.equal(mirrored[1], up_left.flip(3))
-    assert len(datasets.views(images, flip=False)) == 3 and len(datasets.views(images, flip=False, shift=0)) == 1
-    torch.manual_seed(0)
-    model, images = give_head_weights(mlp_mnist.MLP(hidden=(16,))).eval(), torch.randn(5, 1, 28, 28)
-    scores = [model(view) for view in datasets.views(images, flip=True)]
-    assert len(scores) == 6 and torch.allclose(datasets.tta(model, images, flip=True), sum(scores) / 6, atol=1e-6)
+    with pytest.raises(ValueError, match="decay 1 must"):
+        ema.Ema(model, 1)

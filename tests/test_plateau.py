@@ -11,6 +11,7 @@ from conftest import TINY_MLP, call, scripted
 import data as datasets
 import early_stopping
 import train
+from utils import plateau
 
 
 def falling(start, end, count=10, noise=0.0, seed=0):
@@ -19,7 +20,7 @@ def falling(start, end, count=10, noise=0.0, seed=0):
     return line.tolist()
 
 
-def told(train_loss, val_loss, lr=0.1, best=1):
+def diagnosed(train_loss, val_loss, lr=0.1, best=1):
     """The verdict on these losses, with the best epoch at `best`."""
     rates = lr if isinstance(lr, list) else [lr] * len(val_loss)
     history = [
@@ -27,10 +28,10 @@ def told(train_loss, val_loss, lr=0.1, best=1):
         for i, (rate, t, v) in enumerate(zip(rates, train_loss, val_loss, strict=True))
     ]
     row = early_stopping.best_row(history, "val_acc")
-    line = early_stopping.explain(history, row, "val_acc", chance=math.log(10))
+    line = plateau.explain(history, row, "val_acc", chance=math.log(10))
     assert row["epoch"] == best and "\n" not in line and f"of epoch {best} in {len(history)} epochs" in line
-    found = early_stopping.verdict(history, row, chance=math.log(10))
-    assert early_stopping.ADVICE[found] in line
+    found = plateau.verdict(history, row, chance=math.log(10))
+    assert plateau.ADVICE[found] in line
     return found
 
 
@@ -68,11 +69,11 @@ CASES = [
 
 @pytest.mark.parametrize("verdict, history", CASES)
 def test_a_standstill_is_told_from_the_history(verdict, history):
-    assert told(**history) == verdict
+    assert diagnosed(**history) == verdict
 
 
 def test_every_verdict_has_a_case():
-    assert {verdict for verdict, _ in CASES} == set(early_stopping.ADVICE)
+    assert {verdict for verdict, _ in CASES} == set(plateau.ADVICE)
 
 
 # A real run that provokes each verdict, and the word for it in the run's last line of advice.
@@ -92,8 +93,13 @@ def easy():
     images, labels = torch.randint(0, 240, (10, 3, 32, 32), generator=random), torch.arange(700) % 10
     images = (images[labels] + torch.randint(0, 16, (700, 3, 32, 32), generator=random)).to(torch.uint8)
     mean, std = datasets.pixel_stats(images)
-    return datasets.Data(
-        "shapes", list("0123456789"), mean, std, (images[:600], labels[:600]), (images[600:], labels[600:])
+    return datasets.Dataset(
+        "shapes",
+        list("0123456789"),
+        mean,
+        std,
+        datasets.Split(images[:600], labels[:600]),
+        datasets.Split(images[600:], labels[600:]),
     )
 
 
