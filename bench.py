@@ -1,19 +1,16 @@
-"""Measure how fast training is here, against the loop of the textbooks and against a loop without a data path.
+"""Measure how fast training is here, against a DataLoader baseline and against one cached batch.
 
-    python bench.py                              # mlp, cnn --arch plain and vit; writes results/bench-<device>.json
+    python bench.py --out bench.json             # mlp, cnn --arch plain and vit
     python bench.py --until 0.975                # the articles' MLP to that accuracy, in both loops
 
 For each model, in one interleaved run on the same data and with the same augmentation:
-(a) the textbook loop: a Dataset with transforms of single images, a DataLoader with 0 and with 2 workers, float32, a
-    plain optimizer, loss.item() in every step;
+(a) the DataLoader baseline: a Dataset with transforms of single images, a DataLoader with 0 and 2 workers, float32,
+    a plain optimizer, loss.item() in every step;
 (b) the step and the data path of train.py, as it is;
-(c) the step of train.py on one batch that lies on the device already: what is left without a data path.
-Every variant gets the same time in turn, several times over; the rates are medians over its turns, the ratios those of
-turns beside each other.
+(c) the step of train.py on one cached batch: what is left without data loading.
+The variants take turns, several times over; speeds are medians over the turns, speed-ups those of paired turns.
 """
 
-import argparse
-import functools
 import itertools
 import json
 import math
@@ -21,7 +18,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -31,7 +27,7 @@ from torchvision import transforms
 
 import optimizers
 import train
-from utils import arguments, devices, run_folder
+from utils import arguments, build, devices, errors, evaluation, run_folder
 
 MODELS = {
     "mlp": "--model mlp --hidden 256,128,64 --no-batch-norm --batch-size 64",
@@ -43,16 +39,18 @@ ARTICLE += " --decay-all --batch-size 64 --epochs 60 --sched none --warmup-epoch
 
 
 class Images(Dataset):
-    """Images one by one, as the textbooks load them."""
+    """Images one by one, as tutorials load them."""
 
-    def __init__(self, part, data, args):
-        self.images, self.labels = part[0].cpu(), part[1].tolist()
-        size, steps = part[0].shape[-1], [transforms.ToPILImage()]
-        if args.crop_pad:
-            steps.append(transforms.RandomCrop(size, padding=args.crop_pad, padding_mode="reflect"))
-        if args.flip:
+    def __init__(self, run):
+        self.images, self.labels = run.train.images.cpu(), run.train.labels.tolist()
+        size, steps = self.images.shape[-1], [transforms.ToPILImage()]
+        if run.args.crop_pad:
+            steps.append(transforms.RandomCrop(size, padding=run.args.crop_pad, padding_mode="reflect"))
+        if run.args.flip:
             steps.append(transforms.RandomHorizontalFlip())
-        self.transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(data.mean, data.std)])
+        steps.append(transforms.ToTensor())
+        steps.append(transforms.Normalize(run.dataset.mean, run.dataset.std))
+        self.transform = transforms.Compose(steps)
 
     def __len__(self):
         return len(self.labels)
@@ -61,54 +59,44 @@ class Images(Dataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def set_up(flags):
-    """Arguments, data, device and precision of train.py's run with these flags."""
-    args, given, _ = arguments.parse(flags)
-    s = SimpleNamespace(args=args, device=devices.choose_device(args.device))
-    s.precision = devices.choose_precision(args.amp, s.device)
-    s.data, part, s.val_part = train.load_data(args, given)
-    s.train_part = devices.place(part, s.device)
-    return s
-
-
-def textbook(s, workers):
+def baseline(run, workers):
     """(a): a generator that takes a step each time and yields the number of its images."""
-    model = train.build(s.args, s.data, s.train_part, s.device).to(memory_format=torch.contiguous_format).train()
-    groups = optimizers.parameter_groups(model, weight_decay=s.args.weight_decay, decay_all=s.args.decay_all)
-    lr, sgd = s.args.lr, s.args.opt == "sgd"
-    optimizer = torch.optim.SGD(groups, lr, s.args.momentum) if sgd else torch.optim.AdamW(groups, lr)
-    loader = DataLoader(Images(s.train_part, s.data, s.args), s.args.batch_size, shuffle=True, num_workers=workers)
-    s.model = model
-    for _ in itertools.count():
+    args = run.args
+    model = build.trial(run).model.to(memory_format=torch.contiguous_format).train()
+    groups = optimizers.parameter_groups(model, weight_decay=args.weight_decay, decay_all=args.decay_all)
+    if args.opt == "sgd":
+        optimizer = torch.optim.SGD(groups, args.lr, args.momentum)
+    else:
+        optimizer = torch.optim.AdamW(groups, args.lr)
+    loader = DataLoader(Images(run), args.batch_size, shuffle=True, num_workers=workers)
+    yield model
+    while True:
         for images, labels in loader:
-            images, labels = images.to(s.device), labels.to(s.device)
+            images, labels = images.to(run.device), labels.to(run.device)
             optimizer.zero_grad()
-            loss = cross_entropy(model(images), labels, label_smoothing=s.args.smoothing)
+            loss = cross_entropy(model(images), labels, label_smoothing=args.smoothing)
             loss.backward()
-            if s.args.clip_grad:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), s.args.clip_grad)
+            if args.clip_grad:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
             optimizer.step()
             loss.item()
             yield len(labels)
 
 
-def ours(s, fixed):
-    """(b), and with `fixed` (c)."""
-    model = train.build(s.args, s.data, s.train_part, s.device)
-    scaler = torch.amp.GradScaler(enabled=s.precision == "fp16")
-    optimizer, loss = train.make_optimizer(s.args, model), train.make_loss(s.args, s.data, s.device, s.precision)
-    s.model = model.train()
+def ours(run, cached):
+    """(b), and with `cached` (c)."""
+    run = build.trial(run)
+    run.model.train()
+    yield run.model
 
-    def loader():
+    def batches():
         for epoch in itertools.count():
-            yield from train.training_batches(s.args, s.data, s.train_part, s.device, epoch, 0, 1)
+            first = epoch * run.steps_per_epoch
+            yield from train.training_batches(run, first, first + run.steps_per_epoch)
 
-    batches = itertools.repeat(next(loader())) if fixed else loader()
-    for step, (images, labels) in enumerate(batches):
-        batch = (model, images, labels, len(labels))
-        gradient = functools.partial(train.backward, *batch, loss, s.args, s.precision, scaler, optimizer)
-        optimizers.take_step(gradient, optimizer, scaler, step)
-        yield len(labels)
+    for step, batch in enumerate(itertools.repeat(next(batches())) if cached else batches()):
+        train.train_step(run, *batch, seed=step)
+        yield len(batch[1])
 
 
 def clock(device):
@@ -118,18 +106,19 @@ def clock(device):
     return time.perf_counter()
 
 
-def rate(steps, seconds, device):
-    """Images per second of a generator of steps, run for about that long."""
+def speed(steps, seconds, device):
+    """Images per second of a generator of steps, run for about that long, and for a step at least."""
     start, images = clock(device), 0
-    while time.perf_counter() - start < seconds:
+    while images == 0 or time.perf_counter() - start < seconds:
         images += next(steps)
     return images / (clock(device) - start)
 
 
-def matrix_rate(device, precision):
+def gemm_peak(device, precision):
     """Floating-point operations per second of a product of large matrices, the best of several."""
     n, best = 8192 if device.type == "cuda" else 2048, 0.0
-    a, b = (torch.randn(n, n, device=device, dtype=devices.PRECISIONS[precision]) for _ in range(2))
+    a = torch.randn(n, n, device=device, dtype=devices.PRECISIONS[precision])
+    b = torch.randn(n, n, device=device, dtype=devices.PRECISIONS[precision])
     for _ in range(10):
         start = clock(device)
         a @ b
@@ -147,98 +136,125 @@ def peak_memory(device):
 
 
 def measure(flags, turns, seconds):
-    """The figures of one model as a dict."""
-    s = set_up(flags)
-    variants = {"textbook, 0 workers": textbook(s, 0), "textbook, 2 workers": textbook(s, 2)}
-    variants |= {"train.py": ours(s, False), "train.py, one batch": ours(s, True)}
-    rates = {name: [] for name in variants}
+    """One model: images per second of each variant, speed-ups, and what the arithmetic costs."""
+    run = train.prepare(arguments.parse(flags)[0])
+    variants = {
+        "DataLoader, 0 workers": baseline(run, 0),
+        "DataLoader, 2 workers": baseline(run, 2),
+        "train.py": ours(run, False),
+        "train.py, cached batch": ours(run, True),
+    }
+    speeds = {name: [] for name in variants}
     for steps in variants.values():
-        for _ in range(3):
+        for _ in range(4):  # the model, and three steps that warm up
             next(steps)
     for _ in range(turns):
         for name, steps in variants.items():
-            rates[name].append(rate(steps, seconds, s.device))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+            speeds[name].append(speed(steps, seconds, run.device))
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
     for steps in variants.values():
         steps.close()
     with FlopCounterMode(display=False) as counter:
-        s.model(torch.randn(1, *s.train_part[0].shape[1:], device=s.device))
+        run.model(torch.randn(1, *run.train.images.shape[1:], device=run.device))
     flops = 3 * counter.get_total_flops()  # the backward pass takes about twice the forward's
 
-    def ratio(other):
-        """Of turns beside each other: the machine may be faster at one time than at another."""
-        return statistics.median(a / b for a, b in zip(rates["train.py"], rates[other], strict=True))
+    def speed_up(other):
+        """Of paired turns: the machine may be faster at one time than at another."""
+        return statistics.median(a / b for a, b in zip(speeds["train.py"], speeds[other], strict=True))
 
-    best, peak = max(list(medians)[:2], key=medians.get), matrix_rate(s.device, s.precision)
-    result = dict(flags=flags, data=s.data.name, images_per_second=medians, turns=rates)
-    result |= dict(b_over_a=ratio(best), b_over_c=ratio("train.py, one batch"))
-    result |= dict(precision=s.precision, peak_memory_mb=peak_memory(s.device), flops_an_image=flops)
-    return result | dict(flops_per_second=flops * medians["train.py"], matrix_flops_per_second=peak)
+    best = max(list(medians)[:2], key=medians.get)
+    return {
+        "flags": flags,
+        "data": run.dataset.name,
+        "images_per_second": medians,
+        "turns": speeds,
+        "b_over_a": speed_up(best),
+        "b_over_c": speed_up("train.py, cached batch"),
+        "precision": run.precision,
+        "peak_memory_mb": peak_memory(run.device),
+        "flops_an_image": flops,
+        "flops_per_second": flops * medians["train.py"],
+        "matrix_flops_per_second": gemm_peak(run.device, run.precision),
+    }
 
 
 def until(accuracy, data_flags):
     """Training seconds to a validation accuracy, of the articles' MLP in their setting."""
     results = {}
-    for name, workers in {"textbook, 0 workers": 0, "textbook, 2 workers": 2, "train.py": None}.items():
-        s = set_up([*ARTICLE.split(), *data_flags])
-        steps = ours(s, False) if workers is None else textbook(s, workers)
-        s.precision = s.precision if workers is None else "fp32"
-        seconds, epoch, acc, per_epoch = 0.0, 0, 0.0, math.ceil(len(s.train_part[1]) / s.args.batch_size)
+    for name, workers in {"DataLoader, 0 workers": 0, "DataLoader, 2 workers": 2, "train.py": None}.items():
+        run = train.prepare(arguments.parse([*ARTICLE.split(), *data_flags])[0])
+        steps = ours(run, False) if workers is None else baseline(run, workers)
+        precision = run.precision if workers is None else "fp32"
+        model, seconds, epoch, acc = next(steps), 0.0, 0, 0.0
         while acc < accuracy and epoch < 60:
-            start = clock(s.device)
-            for _ in range(per_epoch):
+            start = clock(run.device)
+            for _ in range(math.ceil(len(run.train.labels) / run.args.batch_size)):
                 next(steps)
-            seconds += clock(s.device) - start
-            acc = train.evaluate(s.model, s.val_part, s.data, s.device, s.precision)[1]
-            s.model.train()
+            seconds += clock(run.device) - start
+            _, acc = evaluation.evaluate(model, run.val, run.dataset, run.device, precision)
+            model.train()
             epoch += 1
         steps.close()
-        results[name] = dict(epochs=epoch, seconds=seconds, val_acc=acc)
-        print(f"{name:20}  val acc {acc:.4f} after {epoch} epochs, {seconds:.1f} s of training", flush=True)
+        results[name] = {"epochs": epoch, "seconds": seconds, "val_acc": acc}
+        print(f"{name:22}  val acc {acc:.4f} after {epoch} epochs, {seconds:.1f} s of training", flush=True)
     return results
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, usage=argparse.SUPPRESS)
+def report(name, one):
+    print(f"{name} on {one['data']}, {one['precision']}")
+    for variant, value in one["images_per_second"].items():
+        print(f"  {variant:22} {value:10,.0f} images/s")
+    print(f"  speed-up over the DataLoader baseline {one['b_over_a']:.1f}, {one['b_over_c']:.2f} of one cached batch")
+    share = one["flops_per_second"] / one["matrix_flops_per_second"]
+    print(f"  {one['flops_per_second'] / 1e9:,.1f} GFLOP/s, {share:.0%} of GEMM peak", end="; ")
+    print(f"peak memory so far {one['peak_memory_mb']:,.0f} MB", flush=True)
+
+
+def make_parser():
+    parser = arguments.Parser("bench.py", description="Measure how fast training is here.")
     flag = parser.add_argument
     flag("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(all)")
     flag("--data", metavar="NAME", help="in place of each model's own")
     flag("--data-dir", default="data", metavar="DIR", help="where datasets and caches lie (%(default)s)")
-    flag("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is there")
+    flag("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is available")
     flag("--turns", type=int, default=7, metavar="N", help="of each variant (%(default)s)")
     flag("--seconds", type=float, default=2.0, metavar="S", help="of a turn (%(default)s)")
     flag("--until", type=float, metavar="ACC", help="time the MLP to this validation accuracy instead")
-    flag("--out", metavar="FILE", help="the figures as JSON (results/bench-<device>.json)")
-    args = parser.parse_args(argv)
-    own = ["--data-dir", args.data_dir, "--device", args.device, *(["--data", args.data] if args.data else [])]
+    flag("--out", metavar="FILE", help="write the numbers as JSON")
+    return parser
+
+
+def command(argv):
+    args = make_parser().parse_args(argv)
     if args.turns < 1 or not 0 < args.seconds < math.inf:
-        parser.error(f"--turns {args.turns} and --seconds {args.seconds} must be above 0")
-    try:
-        device = devices.choose_device(args.device)
-        result = dict(device=devices.device_name(device), torch=torch.__version__, commit=run_folder.commit())
-        result |= dict(command=run_folder.command())
-        if args.until:
-            result["until"] = until(args.until, own)
-        for name in [] if args.until else args.models:
-            result[name] = one = measure([*MODELS[name].split(), *own], args.turns, args.seconds)
-            print(f"{name} on {one['data']}, {one['precision']}")
-            for variant, value in one["images_per_second"].items():
-                print(f"  {variant:20} {value:10,.0f} images/s")
-            print(
-                f"  train.py is {one['b_over_a']:.1f} times the textbook's better one, and has {one['b_over_c']:.2f} of"
-            )
-            print("  the rate without a data path")
-            share = one["flops_per_second"] / one["matrix_flops_per_second"]
-            print(f"  {one['flops_per_second'] / 1e9:,.1f} GFLOP/s, {share:.0%} of a large matrix product's", end="; ")
-            print(f"peak memory so far {one['peak_memory_mb']:,.0f} MB", flush=True)
-        kind = "until" if args.until else "bench"
-        path = Path(args.out or Path(__file__).parent / "results" / f"{kind}-{device.type}.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        return train.fail(2, error, "bench.py")
-    print(f"wrote {path}")
-    return 0
+        raise ValueError(f"--turns {args.turns} must be >= 1 and --seconds {args.seconds} a finite number above 0")
+    if args.until is not None and not 0 < args.until < 1:
+        raise ValueError(f"--until {args.until} must be above 0 and below 1: it is an accuracy")
+    if args.out and not Path(args.out).parent.is_dir():
+        raise ValueError(f"--out {args.out}: the folder {Path(args.out).parent} doesn't exist")
+    own = ["--data-dir", args.data_dir, "--device", args.device]
+    if args.data:
+        own += ["--data", args.data]
+    device = devices.choose_device(args.device)
+    result = {
+        "device": devices.device_name(device),
+        "torch": torch.__version__,
+        "commit": run_folder.commit(),
+        "command": run_folder.command(),
+    }
+    if args.until:
+        result["until"] = until(args.until, own)
+    else:
+        for name in args.models:
+            result[name] = measure([*MODELS[name].split(), *own], args.turns, args.seconds)
+            report(name, result[name])
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {args.out}")
+
+
+def main(argv=None):
+    return errors.exit_status("bench.py", lambda: command(argv), flags=arguments.as_flags)
 
 
 if __name__ == "__main__":

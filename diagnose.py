@@ -3,318 +3,319 @@
     python diagnose.py --model vit --opt adamw --sched cosine
     python diagnose.py --model cnn --find-lr lr.png
 
-It takes the flags of train.py that shape the training, and writes nothing but the picture of --find-lr. Each check
-prints one line: ok or FAIL, a figure, and what to do. Exit status: 0, 1 if a check fails, 2 for wrong arguments. The
-test images are compared with the others; their labels are not read.
+It takes the flags of train.py that shape the training, and writes nothing but the plot of --find-lr. Each check prints
+one line: ok or FAIL, a number, and what to do. Exit status: 0, 1 if a check fails, 2 for wrong arguments. The test
+images are compared with the others; their labels are not read.
 """
 
-import argparse
-import copy
-import functools
+import dataclasses
 import itertools
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import augment
 import torch
 import torch.nn.functional as F
 
-import data as datasets
-import optimizers
+import data
 import train
-from utils import arguments, devices, finetune, ranges
-from utils.ranges import flag_name
+from utils import arguments, build, errors, evaluation
 
-LOWEST, HIGHEST, PER_DECADE = 1e-7, 10.0, 12  # the rates of --find-lr
+LOWEST, HIGHEST, PER_DECADE = 1e-7, 10.0, 12  # the learning rates of --find-lr
 
 
 def parse_args(argv=None):
-    """train.py's arguments, what of them was given, and the picture's path, or None without --find-lr."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+    """train.py's arguments, and the plot's path, or None without --find-lr."""
+    parser = arguments.Parser(
+        "diagnose.py",
+        description="Check a set-up before a long run, or find a learning rate for it.",
         epilog="Every other flag is one of train.py: python train.py --model NAME --help.",
-        usage=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
-    text = "raise the rate until the loss diverges, suggest one, and draw it all into FILE (%(const)s)"
+    text = "raise the learning rate until the loss diverges, suggest one, and plot it all into FILE (%(const)s)"
     parser.add_argument("--find-lr", nargs="?", const="find-lr.png", metavar="FILE", help=text)
     own, rest = parser.parse_known_args(argv)
-    args, given, _ = arguments.parse(rest, "diagnose.py")
-    for name in given.keys() & {"resume", "eval"}:
-        raise ValueError(f"{flag_name(name)} has no effect with diagnose.py: leave it out")
+    args, _ = arguments.parse(rest, "diagnose.py")
+    for name in args.given & {"resume", "eval"}:
+        raise ValueError(f"{arguments.flag_name(name)} has no effect with diagnose.py: leave it out")
     if own.find_lr:
         if args.opt in ("rprop", "lbfgs"):
             raise ValueError(f"--find-lr can't be used with --opt {args.opt}, which finds the size of its steps itself")
         if Path(own.find_lr).suffix != ".png" or not Path(own.find_lr).parent.is_dir():
             raise ValueError(f"--find-lr {own.find_lr} must be a .png file in a folder that exists")
-    names = {"out", "log_interval", "save_every", "tensorboard", "runs", "minutes", "compile", "ema", "tta", "patience"}
-    ranges.refuse_idle(given, names | {"min_delta", "monitor"}, "with diagnose.py")
-    args.accum = 1  # the batches here are small already: batch norm needs more than a few images in a piece
-    return args, given, own.find_lr
+    idle = {"out", "log_interval", "save_every", "tensorboard", "runs", "minutes", "compile", "ema", "tta", "patience"}
+    arguments.reject_idle(args, idle | {"min_delta", "monitor"}, "with diagnose.py")
+    # The batches here are small already: batch norm needs more than a few images in a micro-batch.
+    return arguments.changed(args, accum=1), own.find_lr
 
 
-def set_up(args, given):
-    """What the checks look at: arguments, data, a fresh model, device and precision."""
-    device = devices.choose_device(args.device)
-    s = SimpleNamespace(args=args, device=device, precision=devices.choose_precision(args.amp, device))
-    s.data, s.train_part, s.val_part = train.load_data(args, given)
-    s.model = train.build(args, s.data, s.train_part, device)
-    s.loss = train.make_loss(args, s.data, device, s.precision)
-    if args.init:
-        finetune.initialise(s.model, arguments.read_init(args.init, args.model), s.data.classes)
-    learning = {name for name, p in s.model.named_parameters() if p.requires_grad}
-    finetune.freeze(s.model, args.freeze)
-    s.frozen = {name for name in learning if not s.model.get_parameter(name).requires_grad}  # on purpose
-    s.frozen |= set(getattr(s.model, "fixed", ()))
-    s.optimizer = train.make_optimizer(args, s.model)
-    return s
+@dataclasses.dataclass
+class Checked:
+    """What the checks look at, and what they hand on."""
+
+    run: train.Run
+    frozen: set  # names of parameters that don't learn on purpose
+    trained: torch.nn.Module | None = None  # a model that has overfitted a batch
+    reached: set = dataclasses.field(default_factory=set)  # names of parameters that had a gradient there
 
 
-def batches(s, size):
-    """Normalised training images and their labels in random order, as they are, without end."""
+def prepare(args):
+    run = train.prepare(args)
+    fixed = set(getattr(run.model, "fixed", ()))
+    frozen = {name for name, p in run.model.named_parameters() if not p.requires_grad}
+    chosen = {name for name in frozen if any(f"{name}.".startswith(f"{prefix}.") for prefix in args.freeze)}
+    return Checked(run, chosen | fixed)
+
+
+def plain_batches(run, size):
+    """Normalised training images and their labels in random order, without augmentation, without end."""
+    dataset = run.dataset
     for epoch in itertools.count():
-        key = (s.args.seed, epoch)
-        yield from datasets.batches(s.train_part, size, s.data.mean, s.data.std, s.device, key=key)
+        key = (run.args.seed, epoch)
+        yield from augment.batches(run.train, size, dataset.mean, dataset.std, run.device, key=key)
 
 
-def augmented(s, size):
-    """The batches that training gets, but of this size."""
-    args = argparse.Namespace(**vars(s.args) | dict(batch_size=size))
+def training_batches(run):
+    """The batches of train.py, without end."""
     for epoch in itertools.count():
-        yield from train.training_batches(args, s.data, s.train_part, s.device, epoch, 0, 2)
+        first = epoch * run.steps_per_epoch
+        yield from train.training_batches(run, first, first + run.steps_per_epoch)
 
 
-def descend(s, model, optimizer, factors, loader):
-    """Train the model as train.py does, a step for each factor of the starting rate.
-
-    Yields what train.backward returns, before each step is taken: loss, right answers, norm.
-    """
-    scaler = torch.amp.GradScaler(s.device.type, enabled=s.precision == "fp16")
-    starts = [group["lr"] for group in optimizer.param_groups]
-    model.train()
-    for step, (factor, (images, labels)) in enumerate(zip(factors, loader, strict=False)):
-        for group, start in zip(optimizer.param_groups, starts, strict=True):
-            group["lr"] = start * factor
-        gradient = functools.partial(
-            train.backward, model, images, labels, len(labels), s.loss, s.args, s.precision, scaler, optimizer
-        )
-        yield optimizers.take_step(gradient, optimizer, scaler, seed=step).tolist()
+def descend(run, multipliers, batches):
+    """Train as train.py does, a step for each multiplier of the initial learning rate; yield each step's totals."""
+    run.model.train()
+    for step, (multiplier, batch) in enumerate(zip(multipliers, batches, strict=False)):
+        for group in run.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+        yield train.train_step(run, *batch, seed=step).tolist()
 
 
-def factors(s):
-    """The schedule as factors of --lr, at up to 1,000 steps from the run's first to its last, and their epochs."""
-    per_epoch = len(datasets.bounds(len(s.train_part[1]), s.args.batch_size))
-    steps = max(1, round(s.args.epochs * per_epoch))
-    epochs = [step / per_epoch for step in sorted({i * (steps - 1) // 999 for i in range(1000)})]
-    return [*map(arguments.make_schedule(s.args), epochs)], epochs
+def multipliers(run):
+    """The schedule at up to 1,000 steps from the run's first to its last, and their epochs."""
+    last = run.total_steps - 1
+    steps = sorted({i * last // 999 for i in range(1000)})
+    epochs = [step / run.steps_per_epoch for step in steps]
+    return [run.schedule(epoch) for epoch in epochs], epochs
 
 
-# ------------------------------------------------------------------ the checks: each returns (passed, figure, remedy)
+# --------------------------------------------------------- the checks: each returns (passed, what was found, remedy)
 
 
-def normalisation(s):
+def normalisation(checked):
     """With the right constants, training images have mean 0 and standard deviation 1."""
-    means, stds = datasets.pixel_stats(s.data.train[0])
-    passed = all(
-        abs(mean - m) < 0.05 * std and abs(std - d) < 0.05 * std
-        for mean, std, m, d in zip(means, stds, s.data.mean, s.data.std, strict=True)
-    )
-    figure = f"by mean {s.data.mean} and std {s.data.std}, measured {means} and {stds}"
-    return passed, figure, "use the measured ones (CONSTANTS in data.py)"
+    dataset = checked.run.dataset
+    means, stds = data.pixel_stats(dataset.train.images)
+    passed = True
+    for mean, std, used_mean, used_std in zip(means, stds, dataset.mean, dataset.std, strict=True):
+        passed &= abs(mean - used_mean) < 0.05 * std and abs(std - used_std) < 0.05 * std
+    found = f"mean {dataset.mean} and std {dataset.std} are used, {means} and {stds} measured"
+    return passed, found, "use the measured ones (CONSTANTS in data.py)"
 
 
 def hashes(images):
     """A 64-bit number for each uint8 image (n, channels, size, size) -> int64 (n,), equal for equal pixels."""
-    weights = torch.randint(-(2**62), 2**62, (images.shape[1:].numel(),), generator=datasets.seeded("hash"))
-    return torch.cat([(part.flatten(1).long() * weights).sum(1) for part in images.cpu().split(2000)])
+    weights = torch.randint(-(2**62), 2**62, (images.shape[1:].numel(),), generator=augment.seeded("hash"))
+    return torch.cat([(some.flatten(1).long() * weights).sum(1) for some in images.cpu().split(2000)])
 
 
-def overlap(s):
-    """Held-out images are not trained on, pixel for pixel. Real sets hold a few twins: one in a thousand is let by."""
-    training, validation, test = (hashes(part[0]) for part in (s.train_part, s.val_part, s.data.test))
+def overlap(checked):
+    """Held-out images are not trained on, pixel for pixel. Real sets hold a few twins: one in a thousand is allowed."""
+    run = checked.run
+    training = hashes(run.train.images)
+    validation = hashes(run.val.images)
+    test = hashes(run.dataset.test.images)
     in_val = torch.isin(validation, training).sum().item()
     in_test = torch.isin(test, torch.cat([training, validation])).sum().item()
-    figure = f"{in_val} of {len(validation):,} validation images are training images too, "
-    figure += f"{in_test} of {len(test):,} test images are training or validation images"
+    found = f"{in_val} of {len(validation):,} validation images are training images too, "
+    found += f"{in_test} of {len(test):,} test images are training or validation images"
     passed = in_val <= len(validation) / 1000 and in_test <= len(test) / 1000
-    return passed, figure, "remove the copies from one side"
+    return passed, found, "remove the copies from one side"
 
 
-def labels(s):
+def labels(checked):
     """A linear fit of coarse pixels, each image predicted by a fit to all the others, beats one to shuffled labels."""
-    images, answers = next(batches(s, 5000))
-    n, classes = len(answers), len(s.data.classes)
+    run = checked.run
+    images, answers = next(plain_batches(run, 5000))
+    n, classes = len(answers), len(run.dataset.classes)
     x = F.pad(F.adaptive_avg_pool2d(images, min(16, images.shape[-1])).flatten(1), (0, 1), value=1.0)
-    shuffled = answers[torch.randperm(n, generator=datasets.seeded("shuffle")).to(s.device)]
+    shuffled = answers[torch.randperm(n, generator=augment.seeded("shuffle")).to(run.device)]
     wanted = torch.stack([answers, shuffled], dim=1)
     y = F.one_hot(wanted, classes).float().flatten(1)
     gram = x.T @ x
-    gram += 0.1 * gram.diagonal().mean() * torch.eye(len(gram), device=s.device)  # ridge regression
+    gram += 0.1 * gram.diagonal().mean() * torch.eye(len(gram), device=run.device)  # ridge regression
     solved = torch.linalg.solve(gram, x.T).T
     leverage = (x * solved).sum(1, keepdim=True)  # by how much a prediction follows its own label
     left_out = (solved @ (x.T @ y) - leverage * y) / (1 - leverage)
     real, chance = (left_out.view(n, 2, classes).argmax(2) == wanted).float().mean(0).tolist()
-    figure = f"a linear fit finds {real:.1%} of {n:,} images left out of it, {chance:.1%} with shuffled labels"
+    found = f"a linear fit finds {real:.1%} of {n:,} images left out of it, {chance:.1%} with shuffled labels"
     if n < 50 * classes:
-        return True, f"{figure} (less than 50 images a class are too few to tell)", ""
+        return True, f"{found} (less than 50 images a class are too few to tell)", ""
     noise = math.sqrt(max(chance, 1 / classes) / n)
-    return real > chance + 5 * noise, figure, "see whether the labels belong to these images: they look shuffled"
+    return real > chance + 5 * noise, found, "see whether the labels belong to these images: they look shuffled"
 
 
-def first_loss(s):
-    """A fresh model knows nothing, and its loss should say so."""
-    loss, _ = train.evaluate(s.model, [t[:500] for t in s.train_part], s.data, s.device, s.precision)
-    guess = math.log(len(s.data.classes))
-    figure = f"{loss:.4f} before training, ln({len(s.data.classes)}) is {guess:.4f}"
-    return 0.8 * guess < loss < 1.2 * guess, figure, "start the last layer smaller, such as at zero"
+def loss_at_initialisation(checked):
+    """A fresh model knows nothing, and its loss should show it."""
+    run = checked.run
+    some = data.Split(run.train.images[:500], run.train.labels[:500])
+    loss, _ = evaluation.evaluate(run.model, some, run.dataset, run.device, run.precision)
+    guess = math.log(len(run.dataset.classes))
+    found = f"{loss:.4f} before training, ln({len(run.dataset.classes)}) is {guess:.4f}"
+    return 0.8 * guess < loss < 1.2 * guess, found, "start the last layer smaller, such as at zero"
 
 
-def memory(s):
-    """A few images can be learned by heart by an optimizer that needs no tuning. The next two checks need this one."""
-    batch = next(batches(s, 16))
-    s.trained, s.reached = copy.deepcopy(s.model), set()
-    optimizer = torch.optim.AdamW(s.trained.parameters(), 2e-3)
-    for _, right, _ in descend(s, s.trained, optimizer, [1.0] * 40, itertools.repeat(batch)):
-        for name, parameter in s.trained.named_parameters():
+def overfit_a_batch(checked):
+    """A few images can be learned by an optimizer that needs no tuning. The next two checks need this one."""
+    trial = build.trial(checked.run, opt="adamw", clip_grad=None)
+    optimizer = torch.optim.AdamW([p for p in trial.model.parameters() if p.requires_grad], 2e-3)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    trial = dataclasses.replace(trial, optimizer=optimizer)
+    images, answers = next(plain_batches(checked.run, 16))
+    batches = itertools.repeat((images, answers, len(answers)))
+    for _, correct, count in descend(trial, [1.0] * 40, batches):
+        for name, parameter in trial.model.named_parameters():
             if parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any():
-                s.reached.add(name)
-        learned = right / len(batch[1])
-    return (
-        learned > 0.7,
-        f"{learned:.0%} of {len(batch[1])} images learned by heart in 40 steps",
-        "see what keeps the images from the scores, or lower --dropout",
-    )
+                checked.reached.add(name)
+        accuracy = correct / count
+    checked.trained = trial.model
+    found = f"{accuracy:.0%} of {len(answers)} images learned in 40 steps"
+    return accuracy > 0.7, found, "see what keeps the images from the logits, or lower --dropout"
 
 
-def gradients(s):
+def gradients(checked):
     """Every parameter that isn't frozen on purpose gets a finite gradient that isn't 0, and the optimizer has it."""
-    held = {id(p) for group in s.optimizer.param_groups for p in group["params"]}
-    wanted = {name: p for name, p in s.model.named_parameters() if name not in s.frozen}
-    still = [name for name, p in wanted.items() if name not in s.reached or id(p) not in held]
-    figure = f"{len(wanted) - len(still)} of {len(wanted)} parameters learn"
-    figure += f" ({len(s.frozen)} are frozen)" if s.frozen else ""
-    figure += f", not {', '.join(still[:3])}{', ...' * (len(still) > 3)}" if still else ""
-    return not still, figure, "look for requires_grad, detach(), and what the optimizer is given"
+    held = {id(p) for group in checked.run.optimizer.param_groups for p in group["params"]}
+    wanted = {name: p for name, p in checked.run.model.named_parameters() if name not in checked.frozen}
+    still = [name for name, p in wanted.items() if name not in checked.reached or id(p) not in held]
+    found = f"{len(wanted) - len(still)} of {len(wanted)} parameters learn"
+    if checked.frozen:
+        found += f" ({len(checked.frozen)} are frozen)"
+    if still:
+        found += f", not {', '.join(still[:3])}"
+    if len(still) > 3:
+        found += ", ..."
+    return not still, found, "look for requires_grad, detach(), and what the optimizer is given"
 
 
-def alone(s):
+def batch_independence(checked):
     """A prediction doesn't depend on the images beside it."""
-    images, _ = next(batches(s, 16))
+    images, _ = next(plain_batches(checked.run, 16))
     with torch.inference_mode():
-        together = s.trained.eval()(images)
-        apart = torch.cat([s.trained(image) for image in images.split(1)])
+        together = checked.trained.eval()(images)
+        apart = torch.cat([checked.trained(image) for image in images.split(1)])
     difference = ((together - apart).abs().max() / together.abs().max().clamp(min=1e-9)).item()
-    return difference < 0.01, f"scores differ by {difference:.1g} of the largest", "look for statistics over the batch"
+    return difference < 0.01, f"logits differ by {difference:.1g} of the largest", "look for statistics over the batch"
 
 
-def schedule(s):
-    """The rate comes up to --lr, and ends at its lowest after that."""
-    values, epochs = factors(s)
+def schedule(checked):
+    """The learning rate comes up to --lr, and ends at its lowest after that."""
+    args = checked.run.args
+    values, epochs = multipliers(checked.run)
     peak = values.index(max(values))
-    first, highest, last = (s.args.lr * values[i] for i in (0, peak, -1))
-    figure = f"rate {first:.2g} at first, {highest:.2g} from epoch {epochs[peak]:.3g} on, {last:.2g} at last"
-    ends_low = s.args.sched == "restarts" or values[-1] <= 1.01 * min(values[peak:]) + 1e-6
-    return highest > s.args.lr / 2 and ends_low, figure, "make --warmup-epochs and --t-max fit --epochs"
+    found = f"learning rate {args.lr * values[0]:.2g} at first, {args.lr * values[peak]:.2g} from epoch "
+    found += f"{epochs[peak]:.3g} on, {args.lr * values[-1]:.2g} at last"
+    ends_low = args.sched == "restarts" or values[-1] <= 1.01 * min(values[peak:]) + 1e-6
+    return values[peak] > 0.5 and ends_low, found, "make --warmup-epochs and --t-max fit --epochs"
 
 
-def rate(s):
+def learning_rate(checked):
     """The loss doesn't double in 8 steps through the schedule up to its peak and 8 steps at its peak."""
-    values, _ = factors(s)
+    args = checked.run.args
+    values, _ = multipliers(checked.run)
     peak = values.index(max(values))
     short = [values[peak * i // 8] for i in range(8)] + [values[peak]] * 8
-    model = copy.deepcopy(s.model)
-    loader = augmented(s, min(64, s.args.batch_size))
-    seen = [loss for loss, *_ in descend(s, model, train.make_optimizer(s.args, model), short, loader)]
-    figure = f"training loss {seen[0]:.4f} at first, {max(seen):.4f} at most in 16 steps up to --lr {s.args.lr:g}"
-    calm = all(loss < 2 * seen[0] for loss in seen)  # NaN isn't
-    return calm, figure, "lower --lr (--find-lr suggests one), or add --warmup-epochs"
+    trial = build.trial(checked.run, batch_size=max(min(64, args.batch_size), checked.run.smallest_batch))
+    losses = [loss_sum / count for loss_sum, _, count in descend(trial, short, training_batches(trial))]
+    found = f"training loss {losses[0]:.4f} at first, {max(losses):.4f} at most in 16 steps up to --lr {args.lr:g}"
+    calm = all(loss < 2 * losses[0] for loss in losses)  # NaN isn't
+    return calm, found, "lower --lr (--find-lr suggests one), or add --warmup-epochs"
 
 
-CHECKS = (normalisation, overlap, labels, first_loss, memory, gradients, alone, schedule, rate)
+CHECKS = (
+    normalisation, overlap, labels, loss_at_initialisation, overfit_a_batch, gradients, batch_independence, schedule,
+    learning_rate,
+)  # fmt: skip
 
 
-def check(s):
+def check(checked):
     """Print a line for each check. Returns the exit status."""
     failed = 0
     for function in CHECKS:
-        passed, figure, remedy = function(s)
-        failed += not passed
-        line = f"{'ok' if passed else 'FAIL':4}  {function.__name__.replace('_', ' '):13}  {figure}"
-        print(line if passed else f"{line}: {remedy}", flush=True)
+        passed, found, remedy = function(checked)
+        name = function.__name__.replace("_", " ")
+        if passed:
+            print(f"ok    {name:22}  {found}", flush=True)
+        else:
+            failed += 1
+            print(f"FAIL  {name:22}  {found}: {remedy}", flush=True)
     print(f"{failed} of {len(CHECKS)} checks failed" if failed else f"all {len(CHECKS)} checks passed")
     return int(failed > 0)
 
 
-# ------------------------------------------------------------------------------------------------------- the rate
+# ---------------------------------------------------------------------------------------------- the learning rate
 
 
-def find_lr(s):
-    """The learning-rate range test (arXiv:1506.01186): each step at a higher rate, until the smoothed loss has doubled.
+def find_lr(run):
+    """The learning-rate range test (arXiv:1506.01186): each step at a higher one, until the smoothed loss has doubled.
 
-    The model is left as it is. Returns the rates, the smoothed losses and the suggestion: the geometric mean of the
-    rate at which the loss falls fastest and a tenth of the one at which it is lowest.
+    The model is left as it is. Returns the learning rates, the smoothed losses and the suggestion: the geometric mean
+    of the learning rate at which the loss falls fastest and a tenth of the one at which it is lowest. Raises ValueError
+    if the loss isn't finite from the first steps on.
     """
     count = round(math.log10(HIGHEST / LOWEST) * PER_DECADE) + 1
-    rates = [LOWEST * 10 ** (i / PER_DECADE) for i in range(count)]
-    model = copy.deepcopy(s.model)
-    loader = augmented(s, s.args.batch_size)
-    steps = descend(s, model, train.make_optimizer(s.args, model), [rate / s.args.lr for rate in rates], loader)
+    lrs = [LOWEST * 10 ** (i / PER_DECADE) for i in range(count)]
+    trial = build.trial(run)
+    steps = descend(trial, [lr / run.args.lr for lr in lrs], training_batches(trial))
     smooth, mean = [], 0.0
-    for step, (loss, *_) in enumerate(datasets.progress(steps, total=count, desc="find-lr", unit=" steps"), 1):
-        mean += 0.2 * (loss - mean)
-        smooth.append(mean / (1 - 0.8**step))
-        if not smooth[-1] < 2 * min(smooth):  # NaN too
+    for step, (loss_sum, _, images) in enumerate(data.progress(steps, total=count, desc="find-lr", unit=" steps"), 1):
+        mean += 0.2 * (loss_sum / images - mean)
+        value = mean / (1 - 0.8**step)
+        if not math.isfinite(value):
             break
+        smooth.append(value)
+        if value >= 2 * min(smooth):
+            break
+    if len(smooth) < 5:
+        raise ValueError("--find-lr: the loss isn't finite in the first steps, see --weight-decay and --loss")
     lowest = smooth.index(min(smooth))
     fastest = max(range(4, max(5, lowest + 1)), key=lambda i: smooth[i - 4] - smooth[i])
-    return rates[: len(smooth)], smooth, math.sqrt(rates[fastest] * rates[lowest] / 10)
+    return lrs[: len(smooth)], smooth, math.sqrt(lrs[fastest] * lrs[lowest] / 10)
 
 
-def suggest(s, path):
-    """Print the range test's suggestion and draw it. Returns the exit status."""
-    rates, smooth, suggestion = find_lr(s)
-    lowest, fall = rates[smooth.index(min(smooth))], 1 - min(smooth) / smooth[0]
+def suggest(run, path):
+    """Print the range test's suggestion and plot it."""
+    lrs, smooth, suggestion = find_lr(run)
+    lowest, fall = lrs[smooth.index(min(smooth))], 1 - min(smooth) / smooth[0]
     print(f"try --lr {suggestion:.1g} (the loss fell by {fall:.0%} and was lowest at {lowest:.2g})")
     if fall < 0.05:
-        print("That is little to judge by: compare short runs at rates around it.")
+        print("That is little to judge by: compare short runs with learning rates around it.")
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
-        print("no picture: pip install matplotlib")
-        return 0
-    matplotlib.use("Agg")  # no screen needed
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 3.6), layout="tight")
-    axis.semilogx(rates, smooth, color="#0072B2")
+        print("no plot: pip install matplotlib")
+        return
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    axis.semilogx(lrs, smooth, color="#0072B2")
     axis.axvline(suggestion, color="#D55E00", linestyle="--", label=f"suggestion {suggestion:.1g}")
     axis.set(xlabel="learning rate", ylabel="training loss, smoothed", ylim=(0, 1.5 * smooth[0]))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
-    return 0
 
 
 def main(argv=None):
-    try:
-        args, given, path = parse_args(argv)
-        s = set_up(args, given)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        return train.fail(2, error, "diagnose.py")
-    if s.data.note:
-        print(s.data.note)
-    try:
-        return suggest(s, path) if path else check(s)
-    except KeyboardInterrupt:
-        return 130
-    except torch.OutOfMemoryError:
-        return train.fail(1, f"out of memory at --batch-size {args.batch_size}: lower it", "diagnose.py")
-    except OSError as error:
-        return train.fail(1, error, "diagnose.py")
+    def command():
+        args, path = parse_args(argv)
+        checked = prepare(args)
+        if checked.run.dataset.note:
+            print(checked.run.dataset.note.strip())
+        return suggest(checked.run, path) if path else check(checked)
+
+    return errors.exit_status("diagnose.py", command, flags=arguments.as_flags)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw loss, accuracy and learning rate of one run, or of several in one picture.
+"""Plot loss, accuracy and learning rate of one run, or of several in one figure.
 
     python plot.py runs/vit-cifar10-adamw-cosine
     python plot.py runs/cnn-* --out compare.png
@@ -6,8 +6,8 @@
 Several runs are named by the arguments in which they differ. Those that differ in the seed alone make one curve, their
 mean, in a band of one standard deviation either way.
 
-Copied alone, this file needs matplotlib and nothing else: draw({"name": rows}, "curves.png"), where each row is a dict
-with epoch, lr, train_loss, train_acc, val_loss and val_acc.
+Copied alone, this file needs matplotlib: draw({"name": rows}, "curves.png"), where each row is a dict with epoch, lr,
+train_loss, train_acc, val_loss and val_acc.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from pathlib import Path
 
 # Okabe and Ito's colours: colour-blind readers can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc")
 STYLES = {"train": ("--", "training"), "val": ("-", "validation")}
-# Arguments that don't change a run's figures, and the seed, which only shakes them.
+# Arguments that don't change a run's results, and the seed, which only shakes them.
 NAMELESS = {"out", "data_dir", "device", "log_interval", "save_every", "resume", "eval", "tensorboard", "seed"}
 TELLING = ("model", "data", "opt", "sched")  # values that say what they are
 
@@ -30,10 +31,10 @@ def read(run):
     """The rows of a run's metrics.csv as dicts of floats."""
     path = Path(run) / "metrics.csv"
     try:
-        with open(path, newline="") as file:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} can't be read as a run's metrics ({error})") from error
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} can't be read as a run's metrics ({type(error).__name__}: {error})") from error
     if not rows:
         raise ValueError(f"{path} has no epoch yet")
     return rows
@@ -43,9 +44,9 @@ def read_result(run):
     """A run's result.json; nothing is known about a run that still goes on."""
     try:
         result = json.loads((Path(run) / "result.json").read_text())
-        return result | dict(args=result["args"] | dict(data=result["data"]))
-    except (OSError, ValueError, KeyError):
-        return dict(args={})
+        return {**result, "args": {**result["args"], "data": result["data"]}}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {"args": {}}
 
 
 def short_names(arguments):
@@ -76,7 +77,7 @@ def short_names(arguments):
 def with_metrics(folders):
     """The folders of runs among these, and in the folders of --runs; without those that have no epoch yet."""
     folders = [one for folder in folders for one in sorted(Path(folder).glob("seed-*")) or [Path(folder)]]
-    found = [folder for folder in folders if (folder / "metrics.csv").exists()]
+    found = [folder for folder in folders if (folder / "metrics.csv").is_file()]
     if not found:
         raise ValueError(f"{folders[0]}/metrics.csv doesn't exist: name the folders of runs")
     for folder in folders:
@@ -129,8 +130,8 @@ def draw(runs, path, best=None):
     from matplotlib.ticker import MaxNLocator
 
     if len(runs) > len(COLOURS):
-        raise ValueError(f"{len(runs)} curves are too many to tell apart in one picture: at most {len(COLOURS)}")
-    columns = min(len(runs), max(1, 130 // (max(map(len, runs)) + 8)))  # of the names above the picture
+        raise ValueError(f"{len(runs)} curves are too many to tell apart in one figure: at most {len(COLOURS)}")
+    columns = min(len(runs), max(1, 130 // (max(map(len, runs)) + 8)))  # of the names above the plots
     figure = Figure(figsize=(10, 3.5 + 0.22 * math.ceil(len(runs) / columns)), layout="constrained")
     axes = figure.subplots(1, 3)
     peaks = {name: max(row["lr"] for row in rows) for name, rows in runs.items()}
@@ -141,32 +142,45 @@ def draw(runs, path, best=None):
         accuracies = {epoch: mean for epoch, mean in zip(epochs, means, strict=True) if not math.isnan(mean)}
         at = (best or {}).get(name) or max(accuracies, key=accuracies.get, default=None)
         for axis, quantity, unit in ((axes[0], "loss", 1), (axes[1], "acc", 100)):
-            for part, (style, _) in STYLES.items():
-                epochs, means, spreads = mean_and_spread(rows, f"{part}_{quantity}")
+            for split, (style, _) in STYLES.items():
+                epochs, means, spreads = mean_and_spread(rows, f"{split}_{quantity}")
                 if all(math.isnan(mean) for mean in means):
                     continue
-                drawn.add(part)
-                means, spreads = ([unit * value for value in values] for values in (means, spreads))
+                drawn.add(split)
+                means = [unit * value for value in means]
+                spreads = [unit * value for value in spreads]
                 axis.plot(epochs, means, style, color=colour, linewidth=1.6, marker="." if len(epochs) == 1 else None)
                 if any(spreads):
-                    low, high = ([m + k * s for m, s in zip(means, spreads, strict=True)] for k in (-1, 1))
+                    low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
+                    high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
                     axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
-                if part == "val" and at in epochs:
+                if split == "val" and at in epochs:
                     axis.plot(at, means[epochs.index(at)], "o", color=colour, markersize=6)
-        epochs, rates, _ = mean_and_spread(rows, "lr")
-        rates = [100 * rate / peaks[name] for rate in rates] if relative else rates
-        axes[2].plot(epochs, rates, color=colour, linewidth=1.6, marker="." if len(epochs) == 1 else None)
+        epochs, lrs, _ = mean_and_spread(rows, "lr")
+        if relative:
+            lrs = [100 * lr / peaks[name] for lr in lrs]
+        stays = 2 * len(set(lrs)) <= len(lrs)  # a schedule of steps falls between epochs, not along them
+        style = "steps-pre" if stays else "default"
+        axes[2].plot(
+            epochs, lrs, drawstyle=style, color=colour, linewidth=1.6, marker="." if len(epochs) == 1 else None
+        )
 
-    rate = "learning rate (% of its highest)" if relative else "learning rate"
-    for axis, label in zip(axes, ("loss (mean per image)", "accuracy (%)", rate), strict=True):
+    lr_label = "learning rate (% of its highest)" if relative else "learning rate"
+    for axis, label in zip(axes, ("loss (mean per image)", "accuracy (%)", lr_label), strict=True):
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
     axes[2].set_ylim(bottom=0)
+    losses = [abs(row[key]) for rows in runs.values() for row in rows for key in ("train_loss", "val_loss")]
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    if losses and max(losses) > 20 * statistics.median(losses) > 0:
+        axes[0].set_yscale("log")  # one spike would flatten all the rest
     axes[2].ticklabel_format(axis="y", scilimits=(-2, 4))
     names = [Line2D([], [], color=colour, linewidth=5, label=name) for name, colour in zip(runs, COLOURS, strict=False)]
-    figure.legend(handles=names, loc="outside upper center", ncols=columns, frameon=False)
+    legend = figure.legend(handles=names, loc="outside upper center", ncols=columns, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a folder's name is a $
     key = [Line2D([], [], color="#555555", linestyle=STYLES[p][0], label=STYLES[p][1]) for p in STYLES if p in drawn]
     if "val" in drawn:
         key.append(Line2D([], [], color="#555555", marker="o", linestyle="", label="best epoch"))
@@ -175,9 +189,13 @@ def draw(runs, path, best=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description="Plot loss, accuracy and learning rate of runs.", allow_abbrev=False, usage=argparse.SUPPRESS
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument("--out", default="curves.png", metavar="FILE", help="the picture (%(default)s)")
+    parser.add_argument(
+        "--out", default="curves.png", metavar="FILE", help="the plot: .png, .pdf or .svg (%(default)s)"
+    )
     args = parser.parse_args()
     try:
         runs, best = collect(with_metrics(args.runs))
@@ -185,7 +203,7 @@ def main():
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except ImportError:
-        parser.exit(1, "no picture: pip install matplotlib\n")
+        parser.exit(1, "plot.py: error: there is no matplotlib: pip install matplotlib\n")
     print(f"wrote {args.out}")
 
 

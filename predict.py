@@ -1,8 +1,8 @@
-"""Use a trained model: name what is in images, report on a dataset, look at attention, export.
+"""Use a trained model: classify images, report on a dataset, plot attention, export.
 
     python predict.py runs/mlp-mnist-adamw-cosine/best.pt photo.jpg folder --top 3
     python predict.py runs/mlp-mnist-adamw-cosine/best.pt folder --json > predictions.jsonl
-    python predict.py runs/cnn-cifar10-sgd-onecycle/best.pt --report cifar10
+    python predict.py runs/cnn-cifar10-muon-onecycle/best.pt --report cifar10
     python predict.py runs/vit-cifar10-adamw-cosine/best.pt photo.jpg --attention attention.png
     python predict.py runs/vit-cifar10-adamw-cosine/best.pt --export vit.pt2
 
@@ -11,11 +11,8 @@ training; a model of grey images sees it in grey. Names and probabilities go to 
 error. Exit status 2 if a file is no image; the others are read all the same.
 """
 
-import argparse
-import functools
 import json
 import os
-import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,57 +21,67 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data as datasets
-import train
+import augment
+import data
 import vit
-from utils import arguments, checkpoints, devices, report
-from utils.ranges import flag_name
+from utils import arguments, checkpoints, devices, errors, evaluation, models, report
 
 LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of red, green and blue in grey (ITU-R BT.601)
+# The modes in which a flag has an effect.
+READ_BY = {
+    "top": {"images"},
+    "json": {"images", "report"},
+    "invert": {"images", "attention"},
+    "out": {"report"},
+    "data_dir": {"report"},
+}
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        prog="predict.py", description=__doc__.splitlines()[0], allow_abbrev=False, usage=argparse.SUPPRESS
+    parser = arguments.Parser(
+        "predict.py", description="Use a trained model: classify images, report on a dataset, plot attention, export."
     )
     flag = parser.add_argument
     flag("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run")
-    flag("images", nargs="*", metavar="IMAGE", help="image files, and folders of them, of which the centre is seen")
+    flag("images", nargs="*", metavar="IMAGE", help="image files, and folders of them; their centre is seen")
     flag("--top", type=int, metavar="K", help="name the K most probable classes (3)")
     flag("--json", action="store_true", help="print JSON, a line per image, or the report as one line")
     flag("--invert", action="store_true", help="swap light and dark, as for pen on paper with a model of MNIST")
     flag("--report", metavar="DATA", help="test on a dataset: classes, confusions, mistakes, calibration")
-    flag("--attention", metavar="FILE", help="draw what a ViT looks at in one image")
+    flag("--attention", metavar="FILE", help="plot what a ViT attends to in one image")
     flag("--export", metavar="FILE", help="write a program that needs none of these files: FILE.pt2, or FILE.onnx")
-    flag("--out", metavar="DIR", help="where --report puts its pictures (report-<data> beside the checkpoint)")
+    flag("--out", metavar="DIR", help="where --report puts its plots (report-<data> beside the checkpoint)")
     flag("--data-dir", metavar="DIR", help="where --report finds datasets (data)")
-    flag("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is there")
+    flag("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is available")
     return parser
 
 
 def check(args):
-    """Refuse what can't be done, and flags that would do nothing."""
+    """Reject what can't be done, and flags that would do nothing. Returns what is to be done."""
+    for name in ("report", "attention", "export", "out", "data_dir"):
+        if getattr(args, name) == "":
+            raise ValueError(f'{arguments.flag_name(name)} "" is empty: give a value, or leave it out')
     modes = [name for name in ("report", "attention", "export") if getattr(args, name)]
     if len(modes) > 1:
         raise ValueError(f"--{modes[0]} and --{modes[1]} are two things: run them one after the other")
     mode = modes[0] if modes else "images"
-    readers = dict(top={"images"}, json={"images", "report"}, invert={"images", "attention"})
-    readers |= dict(out={"report"}, data_dir={"report"})
-    for name, modes in readers.items():
+    for name, readers in READ_BY.items():
         value = getattr(args, name)
-        if value is not None and value is not False and mode not in modes:
-            what = f"with --{mode}" if mode != "images" else "without --report"
-            raise ValueError(f"{flag_name(name)} has no effect {what}: leave it out")
+        if value is not None and value is not False and mode not in readers:
+            what = f"with --{mode}" if modes else "without --report"
+            raise ValueError(f"{arguments.flag_name(name)} has no effect {what}: leave it out")
     if mode in ("report", "export") and args.images:
         raise ValueError(f"--{mode} takes no images: leave {args.images[0]} out")
     if mode == "attention" and len(args.images) != 1:
         raise ValueError(f"--attention {args.attention} needs one image, {len(args.images)} are given")
+    if mode == "attention" and not args.attention.endswith(".png"):
+        raise ValueError(f"--attention {args.attention} must end in .png")
     if mode == "images" and not args.images:
         raise ValueError("nothing to do: name image files or folders, --report DATA or --export FILE")
     return mode
 
 
-def say(line):
+def log(line):
     print(line, file=sys.stderr, flush=True)
 
 
@@ -82,25 +89,29 @@ def say(line):
 
 
 def find(paths):
-    """The image files that are named, or lie in named folders at any depth."""
+    """The image files that are named, or lie in named folders at any depth, except hidden ones."""
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in datasets.IMAGE_SUFFIXES and p.is_file()]
-            if not inside:
+            found = [
+                inside
+                for inside in sorted(path.rglob("*"))
+                if inside.suffix.lower() in data.IMAGE_SUFFIXES and not inside.name.startswith(".") and inside.is_file()
+            ]
+            if not found:
                 raise ValueError(f"{path} holds no images: expected *.jpg, *.png, ... at any depth")
-            files += inside
-        elif path.exists():
+            files += found
+        elif path.is_file():
             files.append(path)
         else:
-            raise ValueError(f"{path} doesn't exist: expected an image file or a folder")
+            raise ValueError(f"{path} doesn't exist or is no file: expected an image file or a folder")
     return files
 
 
 def read(path, checkpoint, invert):
     """An image file as uint8 (channels, size, size), and whether it was cropped. Raises ValueError if it isn't one."""
     try:
-        image = datasets.decode(path, checkpoint["image_size"])
+        image = data.decode(path, checkpoint["image_size"])
         with Image.open(path) as original:
             cropped = original.width != original.height
     except Exception as error:
@@ -110,29 +121,31 @@ def read(path, checkpoint, invert):
     return 255 - image if invert else image, cropped
 
 
-def looks_dark_on_light(image, checkpoint):
-    """Is the border of a grey image light, while the model has learnt light figures on dark?"""
+def is_dark_on_light(image, checkpoint):
+    """Is the border of a grey image light, while the model has learned light figures on dark?"""
     border = torch.cat((image[0, 0], image[0, -1], image[0, :, 0], image[0, :, -1]))
-    return checkpoint["channels"] == 1 and checkpoint["mean"][0] < 1 / 3 and border.median() > 127
+    return checkpoint["channels"] == 1 and checkpoint["mean"][0] < 1 / 3 and border.median().item() > 127
 
 
 def logits_of(model, images, checkpoint, device):
     """float32 (n, classes) on the CPU for uint8 images, in the precision of the run, if this device has it."""
     precision = devices.choose_precision(checkpoint["args"].get("amp", "auto"), device)
-    part = images, torch.zeros(len(images), dtype=torch.int64)
+    images = images, torch.zeros(len(images), dtype=torch.int64)
+    batches = augment.batches(images, evaluation.BATCH, checkpoint["mean"], checkpoint["std"], device)
     logits = []
     with torch.inference_mode(), devices.autocast(device, precision):
-        for x, _ in datasets.batches(part, train.EVAL_BATCH, checkpoint["mean"], checkpoint["std"], device):
+        for x, _ in batches:
             logits.append(model(x).float().cpu())
     return torch.cat(logits)
 
 
 def predict(args, checkpoint, model, device):
     """Print the most probable classes of each image, as text or JSON. Returns the exit status."""
-    files, classes, unreadable, cropped, dark = find(args.images), checkpoint["classes"], 0, 0, 0
+    files, classes = find(args.images), checkpoint["classes"]
+    status = cropped = dark = 0
     top = min(3, len(classes)) if args.top is None else args.top
     if not 1 <= top <= len(classes):
-        raise ValueError(f"--top {top} must be at least 1 and at most {len(classes)}, the number of classes")
+        raise ValueError(f"--top {top} must be >= 1 and <= {len(classes)}, the number of classes")
 
     def attempt(path):
         try:
@@ -140,81 +153,94 @@ def predict(args, checkpoint, model, device):
         except ValueError as error:
             return error, None, None
 
-    size = train.EVAL_BATCH  # the batches of --eval, so that bf16 rounds the same
+    size = evaluation.BATCH  # the batches of --eval, so that bf16 rounds the same
     chunks = [files[start : start + size] for start in range(0, len(files), size)]
     if not sys.stdout.isatty():  # there the lines themselves show how far it is
-        chunks = datasets.progress(chunks, desc="predicting", unit=f" x {size} images")
+        chunks = data.progress(chunks, desc="predicting", unit=f" x {size} images")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for chunk in chunks:
-            done = list(pool.map(attempt, chunk))
-            for error in [path for path, image, _ in done if image is None]:
-                unreadable = train.fail(2, error, "predict.py")
-            done = [entry for entry in done if entry[1] is not None]
-            if not done:
-                continue
-            images = torch.stack([image for _, image, _ in done])
-            cropped += sum(was_cropped for *_, was_cropped in done)
-            dark += sum(bool(looks_dark_on_light(image, checkpoint)) for image in images)
-            probabilities = logits_of(model, images, checkpoint, device).softmax(1)
-            values, indices = probabilities.sort(descending=True, stable=True)  # of equals the first, as argmax
-            for (path, *_), p, labels in zip(done, values.tolist(), indices.tolist(), strict=True):
-                best = [(classes[label], p[i]) for i, label in enumerate(labels[:top])]
-                if args.json:
-                    named = [{"class": name, "probability": round(p, 6)} for name, p in best]
-                    print(json.dumps(dict(file=str(path)) | named[0] | dict(top=named)))
+            done = []
+            for path, image, was_cropped in pool.map(attempt, chunk):
+                if image is None:
+                    errors.complain("predict.py", path)
+                    status = 2
                 else:
-                    print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in best))
+                    done.append((path, image))
+                    cropped += was_cropped
+                    dark += is_dark_on_light(image, checkpoint)
+            if done:
+                images = torch.stack([image for _, image in done])
+                probabilities = logits_of(model, images, checkpoint, device).softmax(1)
+                print_predictions([path for path, _ in done], probabilities, classes, top, args.json)
     if cropped:
-        say(f"note: {cropped:,} of {len(files):,} images aren't square, only their centre was seen")
+        log(f"note: {cropped:,} of {len(files):,} images aren't square, only their centre was seen")
     if dark and not args.invert:
-        say(f"hint: {dark:,} of {len(files):,} images look dark on light, the model knows light on dark: try --invert")
-    return unreadable
+        log(f"hint: {dark:,} of {len(files):,} images look dark on light, the model knows light on dark: try --invert")
+    return status
+
+
+def print_predictions(paths, probabilities, classes, top, as_json):
+    values, indices = probabilities.sort(descending=True, stable=True)  # of equals the first, as argmax
+    for path, p, labels in zip(paths, values.tolist(), indices.tolist(), strict=True):
+        best = [(classes[label], p[i]) for i, label in enumerate(labels[:top])]
+        if as_json:
+            named = [{"class": name, "probability": round(probability, 6)} for name, probability in best]
+            print(json.dumps({"file": str(path), **named[0], "top": named}))
+        else:
+            named = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in best)
+            print(errors.one_line(f"{path}: {named}"))
 
 
 # ---------------------------------------------------------------------------------------------- report
 
 
 def print_report(args, checkpoint, model, device):
-    """--report: figures of the test images as text or JSON, and three pictures.
+    """--report: results on the test images as text or JSON, and three plots.
 
-    The temperature is fitted on the part of the training images that --val-split of the run held out.
+    The temperature is fitted on the training images that --val-split of the run held out.
     """
-    data = train.load_for(checkpoint, args.report, args.data_dir or "data")
-    (images, labels), classes, run = data.test, data.classes, checkpoint["args"]
+    dataset = models.dataset_for(checkpoint, args.report, args.data_dir or "data", args.checkpoint)
+    images, labels = dataset.test
+    classes, run = dataset.classes, checkpoint["args"]
     logits = logits_of(model, images, checkpoint, device)
     matrix = report.confusion(labels, logits.argmax(1), len(classes))
-    figures = dict(data=data.name, images=len(labels), test_acc=matrix.diag().sum().item() / len(labels))
-    figures["test_loss"] = F.cross_entropy(logits, labels).item()
-    shares = [[None if x != x else x for x in part.tolist()] for part in report.precision_and_recall(matrix)]
-    figures |= dict(precision=dict(zip(classes, shares[0], strict=True)))
-    figures |= dict(recall=dict(zip(classes, shares[1], strict=True)), confusion=matrix.tolist())
+    precision, recall = report.precision_and_recall(matrix)
     calibrations = {"as trained": report.calibration(logits, labels)}
-    figures["calibration_error"] = calibrations["as trained"][0]
-    text = f"expected calibration error {figures['calibration_error']:.4f}"
-    if run["val_split"]:
-        val_images, val_labels = datasets.split(data.train, run["val_split"], run["seed"])[1]
-        temperature = report.fit_temperature(logits_of(model, val_images, checkpoint, device), val_labels)
-        calibrations[f"temperature {temperature:.2f}"] = report.calibration(logits / temperature, labels)
-        figures |= dict(temperature=temperature)
-        figures["calibration_error_with_temperature"] = calibrations[f"temperature {temperature:.2f}"][0]
-        text += f"; {figures['calibration_error_with_temperature']:.4f} with the logits divided by {temperature:.3f}, "
-        text += f"a temperature fitted on {len(val_labels):,} validation images"
+    error = calibrations["as trained"][0]
+    results = {
+        "data": dataset.name,
+        "images": len(labels),
+        "test_acc": matrix.diag().sum().item() / len(labels),
+        "test_loss": F.cross_entropy(logits, labels).item(),
+        "precision": report.by_class(classes, precision),
+        "recall": report.by_class(classes, recall),
+        "confusion": matrix.tolist(),
+        "calibration_error": error,
+    }
+    text = f"expected calibration error {error:.4f}"
+    if run.get("val_split"):
+        _, val = data.split(dataset.train, run["val_split"], run["seed"])
+        temperature = report.fit_temperature(logits_of(model, val.images, checkpoint, device), val.labels)
+        name = f"temperature {temperature:.2f}"
+        calibrations[name] = report.calibration(logits / temperature, labels)
+        results["temperature"] = temperature
+        results["calibration_error_with_temperature"] = calibrations[name][0]
+        text += f"; {calibrations[name][0]:.4f} with the logits divided by {temperature:.3f}, "
+        text += f"a temperature fitted on {len(val.labels):,} validation images"
     if args.json:
-        print(json.dumps(figures))
+        print(json.dumps(results))
     else:
-        acc, loss = figures["test_acc"], figures["test_loss"]
-        print(f"test acc {acc:.4f}  loss {loss:.4f}  ({data.name}, {len(labels):,} images)\n")
+        print(f"{evaluation.test_line(dataset, results['test_loss'], results['test_acc'], False)}\n")
         print(f"{report.as_text(matrix, classes)}\n\n{text}", flush=True)
-    out = Path(args.out or Path(args.checkpoint).parent / f"report-{data.name}")
+    out = Path(args.out or Path(args.checkpoint).parent / f"report-{dataset.name}")
     out.mkdir(parents=True, exist_ok=True)
     try:
         report.draw_confusion(matrix, classes, out / "confusion.png")
         report.draw_mistakes(images, logits, labels, classes, out / "mistakes.png")
         report.draw_reliability(calibrations, out / "reliability.png")
-        say(f"wrote confusion.png, mistakes.png and reliability.png to {out}")
+        log(f"wrote confusion.png, mistakes.png and reliability.png to {out}")
     except ImportError:
-        say("no pictures: pip install matplotlib")
-    return 0
+        log("no plots: pip install matplotlib")
 
 
 # ---------------------------------------------------------------------------------------------- attention, export
@@ -224,35 +250,20 @@ def draw_attention(args, checkpoint, model, device):
     """--attention: the image, the roll-out over all layers, and the heads of the last layer, over the image."""
     if not isinstance(model, vit.ViT):
         raise ValueError(f"--attention needs a vit, {args.checkpoint} holds a {checkpoint['model']}")
-    image = read(args.images[0], checkpoint, args.invert)[0]
+    image, _ = read(args.images[0], checkpoint, args.invert)
     logits = logits_of(model, image[None], checkpoint, device)[0]
-    x, _ = next(datasets.batches((image[None], torch.zeros(1)), 1, checkpoint["mean"], checkpoint["std"], device))
+    one = image[None], torch.zeros(1)
+    x, _ = next(augment.batches(one, 1, checkpoint["mean"], checkpoint["std"], device))
     maps = model.attention_maps(x).cpu()
-    layers = {"roll-out": vit.rollout(maps)[0]} | {f"head {i + 1}": head for i, head in enumerate(maps[-1, 0])}
-    token = model.cls_token is not None
-    # The output is the class token's or the mean of all tokens: so is what it looks at.
-    looks = {name: (m[0, 1:] if token else m.mean(0)) for name, m in layers.items()}
-
-    columns = min(5, 1 + len(looks))
-    rows = -(-(1 + len(looks)) // columns)
-    figure = report.new_figure(2 * columns, 2.25 * rows + 0.6)
+    layers = {"roll-out": report.rollout(maps)[0]}
+    for i, head in enumerate(maps[-1, 0], start=1):
+        layers[f"head {i}"] = head
+    # The output is the class token's or the mean of all tokens: so is what it attends to.
+    attended = {name: m[0, 1:] if model.cls_token is not None else m.mean(0) for name, m in layers.items()}
     probability, label = logits.softmax(0).max(0)
-    figure.suptitle(f"{checkpoint['classes'][label]}, {100 * probability:.1f} %", fontsize=12)
-    figure.supxlabel(
-        "brighter: more attention, each picture on its own scale; heads are those of the last layer", size=9
-    )
-    (height, width), (p, q) = model.image_size, model.patch_size
-    for axis in (axes := figure.subplots(rows, columns, squeeze=False)).flat:
-        axis.axis("off")
-    for axis, (name, look) in zip(axes.flat, [("image", None), *looks.items()], strict=False):
-        axis.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
-        if look is not None:
-            grid = look.view(height // p, width // q).numpy()
-            axis.imshow(grid, cmap="viridis", alpha=0.65, interpolation="bilinear", extent=(0, width, height, 0))
-        axis.set_title(name, fontsize=10)
-    figure.savefig(args.attention, dpi=150)
-    say(f"wrote {args.attention}")
-    return 0
+    title = f"{checkpoint['classes'][label]}, {100 * probability:.1f} %"
+    report.draw_attention(image, attended, model.patch_size, title, args.attention)
+    log(f"wrote {args.attention}")
 
 
 def export(args, checkpoint, model, device):
@@ -260,59 +271,67 @@ def export(args, checkpoint, model, device):
     path, shape = Path(args.export), (checkpoint["channels"], checkpoint["image_size"], checkpoint["image_size"])
     if not path.parent.is_dir():
         raise ValueError(f"--export {path}: the folder {path.parent} doesn't exist")
-    model, example = model.cpu(), torch.randn(2, *shape)
-    sizes = {"images": {0: torch.export.Dim("batch")}}
+    if path.suffix not in (".pt2", ".onnx"):
+        raise ValueError(f"--export {path} must end in .pt2 (torch.export) or .onnx")
+    model = model.cpu().requires_grad_(False)
+    try:
+        worst = compare(model, write_program(model, path, shape), shape)
+    except (RuntimeError, OSError) as error:
+        path.unlink(missing_ok=True)
+        raise ValueError(f"--export {path} can't be written or read again ({str(error)[:200]})") from None
+    if not worst < 1e-4:
+        path.unlink()
+        raise errors.Failed(f"the exported program differs from the model by {worst:.2g}: not kept")
+    print(f"wrote {path}: images, float32 (batch, {', '.join(map(str, shape))}), each pixel / 255 less")
+    print(f"mean {tuple(checkpoint['mean'])} over std {tuple(checkpoint['std'])},")
+    print(f"-> logits (batch, {len(checkpoint['classes'])}); it differs from the model by {worst:.1g} on random images")
+
+
+def write_program(model, path, shape):
+    """Write the program, and return a function that runs what was written."""
+    example, sizes = torch.randn(2, *shape), {"images": {0: torch.export.Dim("batch")}}
     if path.suffix == ".pt2":
         torch.export.save(torch.export.export(model, (example,), dynamic_shapes=sizes), path)
-        program = torch.export.load(path).module()
-    elif path.suffix == ".onnx":
-        import onnx.reference
-        import onnxscript  # noqa: F401  torch.onnx.export needs it
+        return torch.export.load(path).module()
+    import onnx.reference
+    import onnxscript  # noqa: F401  torch.onnx.export needs it
 
-        names = dict(input_names=["images"], output_names=["logits"])
-        torch.onnx.export(model, (example,), path, dynamic_shapes=sizes, external_data=False, verbose=False, **names)
-        session = onnx.reference.ReferenceEvaluator(str(path))
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    torch.onnx.export(model, (example,), path, dynamic_shapes=sizes, external_data=False, verbose=False, **names)
+    session = onnx.reference.ReferenceEvaluator(str(path))
+    return lambda images: torch.tensor(session.run(None, {"images": images.numpy()})[0])
 
-        def program(images):
-            return torch.tensor(session.run(None, {"images": images.numpy()})[0])
-    else:
-        raise ValueError(f"--export {path} must end in .pt2 (torch.export) or .onnx")
+
+def compare(model, program, shape):
+    """The largest difference between the outputs of a model and a program, relative to the largest output."""
     worst = 0.0
     with torch.inference_mode():
         for count in (1, 5):
             images = torch.randn(count, *shape)
             expected = model(images)
-            worst = max(worst, ((program(images) - expected).abs().max() / expected.abs().max().clamp(min=1)).item())
-    if not worst < 1e-4:
-        path.unlink()
-        return train.fail(1, f"the exported program differs from the model by {worst:.2g}: not kept", "predict.py")
-    print(f"wrote {path}: images, float32 (batch, {', '.join(map(str, shape))}), each pixel / 255 less")
-    print(f"mean {tuple(checkpoint['mean'])} over std {tuple(checkpoint['std'])},")
-    print(f"-> logits (batch, {len(checkpoint['classes'])}); it differs from the model by {worst:.1g} on random images")
-    return 0
+            difference = (program(images) - expected).abs().max() / expected.abs().max().clamp(min=1)
+            worst = max(worst, difference.item())
+    return worst
 
 
-# ---------------------------------------------------------------------------------------------- main
+ACTIONS = {"images": predict, "report": print_report, "attention": draw_attention, "export": export}
+
+
+def command(argv):
+    args = make_parser().parse_intermixed_args(argv)
+    mode = check(args)
+    device = devices.choose_device(args.device)
+    checkpoint = checkpoints.load(args.checkpoint)
+    with checkpoints.blamed(args.checkpoint):
+        model = models.rebuild(checkpoint).to(device).eval()
+        try:
+            return ACTIONS[mode](args, checkpoint, model, device)
+        except ImportError as error:
+            raise errors.Failed(f"--{mode} needs {error.name}: pip install {error.name}") from None
 
 
 def main(argv=None):
-    args, fail = make_parser().parse_intermixed_args(argv), functools.partial(train.fail, program="predict.py")
-    try:
-        mode = check(args)
-        device = devices.choose_device(args.device)
-        checkpoint = checkpoints.load(args.checkpoint)
-        model = arguments.rebuild(checkpoint).to(device).eval()
-        act = dict(images=predict, report=print_report, attention=draw_attention, export=export)[mode]
-        return act(args, checkpoint, model, device)
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError) as error:
-        return fail(2, error)
-    except ImportError as error:
-        return fail(1, f"--{mode} needs {error.name}: pip install {error.name}")
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return errors.exit_status("predict.py", lambda: command(argv), flags=arguments.as_flags)
 
 
 if __name__ == "__main__":

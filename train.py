@@ -3,373 +3,371 @@
     python train.py --model mlp                                     # MNIST
     python train.py --model vit --opt adamw --sched cosine          # CIFAR-10
     python train.py --model cnn --data path/to/images --epochs 20   # yours: train/<class>/*, test/<class>/*
+    python train.py @recipes/mlp-1-minute.args                      # flags from a file
     python train.py --resume runs/vit-cifar10-adamw-cosine/last.pt
     python train.py --eval runs/vit-cifar10-adamw-cosine/best.pt
     torchrun --nproc_per_node 2 train.py --model vit                # several processes
 
-The rooms of this file: set-up, one pass, the run, main. Its flags are in arguments.py.
+Read it from top to bottom: the nouns, what a run is made of, one step, the run, the command line. The flags are in
+utils/arguments.py, the choices in optimizers.py, schedulers.py, losses.py and augment.py.
 """
 
 import argparse
-import copy
-import functools
-import itertools
+import dataclasses
 import math
-import platform
-import signal
 import sys
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
-import data as datasets
+import augment
+import data
 import early_stopping
 import losses
-import optimizers
-import plot
-from utils import arguments, budget, checkpoints, devices, distributed, ema, finetune, ranges, run_folder
-from utils.ranges import flag_name
+from utils import (
+    arguments,
+    budget,
+    build,
+    checkpoints,
+    devices,
+    distributed,
+    errors,
+    evaluation,
+    finetune,
+    models,
+    plateau,
+    repeat,
+    resume,
+    run_folder,
+)  # fmt: skip
+from utils.ema import Ema
 
-EVAL_BATCH = 500
-DRAW_EVERY = 30  # seconds: drawing takes half of one
-NOT_FINITE = "lower --lr, or add --warmup-epochs or --clip-grad 1"
-
-# ---------------------------------------------------------------------------------------------- set-up
-
-
-def load_data(args, given):
-    """The dataset, and what of its training part is trained on and what is held out."""
-    fallback = "data" not in given and not args.resume
-    # A checkpoint may name a folder to read from, and none to write into.
-    read_only = bool(args.resume) and "data_dir" not in given and args.data_dir != arguments.DATA_DIR
-    if "img_size" in given and not Path(args.data).is_dir():
-        raise ValueError(
-            f"--img-size {args.img_size} has no effect with --data {args.data}: it's for folders of images"
-        )
-    where = dict(data_dir=args.data_dir, img_size=args.img_size, fallback=fallback, read_only=read_only)
-    data = distributed.once_a_machine(lambda: datasets.load(args.data, **where))
-    train_part, val_part = datasets.split(data.train, args.val_split, args.seed)
-    if args.limit:
-        train_part = datasets.limit(train_part, args.limit, args.seed)
-    if args.crop_pad >= data.train[0].shape[-1]:
-        raise ValueError(f"--crop-pad {args.crop_pad} must be less than the image's {data.train[0].shape[-1]} pixels")
-    return data, train_part, val_part
+FINISHED = ("finished", "early stop", "time budget")
+REMEDY = "lower --lr, or add --warmup-epochs or --clip-grad 1"
 
 
-def build(args, data, part, device):
-    """A fresh model on the device. Its weights depend on --seed, and on the training part if it can `whiten`."""
-    torch.manual_seed(args.seed)
-    _, channels, image_size, _ = data.train[0].shape
-    sizes = dict(image_size=image_size, channels=channels, num_classes=len(data.classes))
-    try:
-        model = arguments.MODELS[args.model][0].build(args, **sizes)
-    except (TypeError, RuntimeError, MemoryError) as error:  # torch's words for sizes that no memory can hold
-        raise ValueError(f"--model {args.model} can't be built in these sizes: {str(error)[:100]}") from None
-    if hasattr(model, "whiten"):
-        some = datasets.limit(part, min(512, len(part[1])), args.seed)
-        model.whiten(next(datasets.batches(some, 512, data.mean, data.std, "cpu"))[0])
-    # Convolutions are faster with the channels last, matrices don't mind. L-BFGS can't flatten such gradients.
-    return model.to(device, memory_format=torch.preserve_format if args.opt == "lbfgs" else torch.channels_last)
+@dataclass
+class Run:
+    """What a run is made of. Built once, by prepare(); nothing in it is replaced while it trains."""
+
+    args: argparse.Namespace
+    dataset: data.Dataset  # name, classes, mean, std, train, test
+    train: data.Split  # what is trained on: images, uint8 (n, channels, size, size), and labels, int64 (n,)
+    val: data.Split  # what chooses the best epoch
+    device: torch.device
+    precision: str  # "fp32", "bf16" or "fp16"
+    model: torch.nn.Module
+    ddp_model: torch.nn.Module  # the same model; in several processes wrapped, so that they share their gradients
+    ema: Ema | None  # its model, whose weights are moving averages
+    loss: Callable  # (logits, labels) -> mean loss
+    teacher: Callable | None  # images -> logits
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # idle, except in fp16
+    schedule: Callable  # (epoch, monitored values) -> multiplier of the initial learning rates
+
+    @property
+    def eval_model(self):
+        """What is validated, tested and kept."""
+        return self.ema.model if self.ema else self.model
+
+    @cached_property
+    def smallest_batch(self):
+        """The fewest images that a batch may have: with batch norm, which can't train on one, two a process."""
+        norms = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+        return 2 * distributed.world_size() if norms else 1
+
+    @cached_property
+    def batch_sizes(self):
+        """The sizes of an epoch's batches. A last batch that would be too small joins the one before."""
+        bounds = augment.bounds(len(self.train.labels), self.args.batch_size, self.smallest_batch)
+        return [stop - start for start, stop in bounds]
+
+    @property
+    def steps_per_epoch(self):
+        return len(self.batch_sizes)
+
+    @property
+    def total_steps(self):
+        return max(1, round(self.args.epochs * self.steps_per_epoch))
+
+    @cached_property
+    def fingerprint(self):
+        """A checksum of the training images and labels, which a resumed run must have, too."""
+        return checkpoints.fingerprint(*self.dataset.train)
+
+    def autocast(self):
+        return devices.autocast(self.device, self.precision)
 
 
-def load_for(checkpoint, name, data_dir):
-    """A dataset, normalised as the checkpoint's model knows it. Raises ValueError if it isn't of the same kind."""
-    size, channels = checkpoint["image_size"], checkpoint["channels"]
-    data = distributed.once_a_machine(lambda: datasets.load(name, data_dir, img_size=size))
-    if data.classes != checkpoint["classes"]:
-        raise ValueError(f"the checkpoint knows the classes {checkpoint['classes']}, --data {name} has {data.classes}")
-    if data.test[0].shape[1:] != (channels, size, size):
-        found, known = ("x".join(map(str, s)) for s in (data.test[0].shape[1:], (channels, size, size)))
-        raise ValueError(f"the checkpoint knows images of {known}, those of --data {name} are {found}")
-    data.mean, data.std = checkpoint["mean"], checkpoint["std"]
-    return data
+@dataclass
+class Progress:
+    """How far a run has come. last.pt holds it, beside the states of the weights, the optimizer and the like."""
+
+    totals: torch.Tensor  # since the last row of history: sum of losses, correct predictions, images
+    step: int = 0
+    history: list = field(default_factory=list)  # a dict per epoch: the rows of metrics.csv
+    seconds: float = 0.0  # of training since the last row of history
 
 
-def make_optimizer(args, model):
-    rates = {} if args.opt == "lbfgs" else dict(lr=args.lr, layer_decay=args.layer_decay, lr_scale=args.lr_scale)
-    decay = dict(weight_decay=args.weight_decay, decay_all=args.decay_all)
-    groups = optimizers.parameter_groups(model, **decay, **rates, hidden=args.opt == "muon")
-    own = optimizers.options_of(args.opt) - optimizers.DECAY
-    optimizer = optimizers.OPTIMIZERS[args.opt](groups, **{name: getattr(args, name) for name in own})
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer
+class Diverged(ArithmeticError):
+    """A loss or a weight that isn't finite."""
 
 
-def make_loss(args, data, device, precision):
-    """The training loss, a function of (images, scores, labels): --loss, and with --teacher the teacher's part."""
-    loss = losses.parse(args.loss, args.smoothing)
-    if not args.teacher:
-        return lambda images, scores, labels: loss(scores, labels)
-    checkpoint = checkpoints.load(args.teacher)
-    shape = (checkpoint["channels"], checkpoint["image_size"], checkpoint["image_size"])
-    if (checkpoint["classes"], shape) != (data.classes, data.train[0].shape[1:]):
-        raise ValueError(f"--teacher {args.teacher} knows other classes or sizes: {checkpoint['classes']}, {shape}")
-    teacher = arguments.rebuild(checkpoint).to(device).eval().requires_grad_(False)
-    means, stds = (torch.tensor([getattr(data, k), checkpoint[k]], device=device) for k in ("mean", "std"))
-    scale, shift = (stds[0] / stds[1])[:, None, None], ((means[0] - means[1]) / stds[1])[:, None, None]
-
-    def with_teacher(images, scores, labels):
-        with torch.no_grad(), devices.autocast(device, precision):
-            wanted = teacher(images * scale + shift)  # normalised as it knows them
-        return loss(scores, labels) + args.distill * losses.distillation(scores, wanted.float(), args.temperature)
-
-    return with_teacher
+# ---------------------------------------------------------------------------------------------- what a run is made of
 
 
-def smallest_batch(model):
-    """Batch norm can't train on one image, in any process."""
-    norms = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    return 2 * distributed.count() if norms else 1
+def prepare(args) -> Run:
+    """Load the data, build the model and all that trains it; reject what can't work. Nothing is written."""
+    device = distributed.local_device(devices.choose_device(args.device))
+    devices.speed_up(device)
+    precision = devices.choose_precision(args.amp, device)
+    dataset, train_split, val_split = build.load_data(args)
+    if args.data in data.DOWNLOADS and dataset.name == "shapes":
+        args = arguments.changed(args, data="shapes")  # load_data fell back: the set can't be downloaded
+    model = build.make_model(args, dataset, train_split).to(device)
+    if distributed.rank():
+        torch.manual_seed(args.seed + distributed.rank())  # dropout of its own
+
+    if args.init and not args.resume:
+        start = models.read_init(args.init, args.model)
+        dataset.note += f"\nstart from {args.init}: {finetune.initialise(model, start, dataset.classes)}"
+    finetune.freeze(model, args.freeze)
+    teacher = None
+    if args.teacher:
+        teacher = models.load_teacher(args.teacher, dataset, device, lambda: devices.autocast(device, precision))
+    optimizer = build.make_optimizer(args, model)
+    ema = Ema(model, args.ema) if args.ema else None
+    if args.compile:
+        try:
+            model.compile()  # in place: the names of its weights stay
+        except RuntimeError as error:  # not on this version of Python, or not on this system
+            raise ValueError(f"--compile doesn't work here, use --no-compile: {error}") from None
+    run = Run(
+        args=args,
+        dataset=dataset,
+        train=build.on_device(train_split, device),
+        val=build.on_device(val_split, device),
+        device=device,
+        precision=precision,
+        model=model,
+        ddp_model=distributed.wrap_ddp(model, device),
+        ema=ema,
+        loss=losses.parse(args.loss, args.smoothing),
+        teacher=teacher,
+        optimizer=optimizer,
+        scaler=devices.grad_scaler(device, precision),
+        schedule=None if args.minutes and not args.resume else arguments.make_schedule(args),
+    )
+    if min(args.batch_size, len(run.train.labels)) < run.smallest_batch:
+        rule = f"of {len(run.train.labels)} images must be >= {run.smallest_batch}"
+        raise ValueError(f"--batch-size {args.batch_size} {rule}: batch norm can't train on one image in a process")
+    if run.schedule is None:  # --minutes: time some steps of a copy, then set the number of epochs
+        return budget.within_minutes(run, build.trial(run), training_batches, train_step, score)
+    return run
 
 
-def restore(resumed, model, average, optimizer, scaler, state, device):
-    """Put everything back as last.pt holds it. Raises ValueError if it doesn't fit."""
-    try:
-        if (resumed["model"], resumed["model_args"]) != (resumed["args"]["model"], model.model_args):
-            raise ValueError(f"it holds a {resumed['model']} of {resumed['model_args']}")
-        if resumed["seen"].shape != state["seen"].shape:
-            raise ValueError(f"an epoch had {len(resumed['seen'])} steps and would have {len(state['seen'])} now")
-        for row in resumed["history"]:
-            if row.keys() != set(run_folder.COLUMNS) or not set(map(type, row.values())) <= {int, float}:
-                raise ValueError(f"a row of its history is {row}")
-        if not 0 <= max([row["step"] for row in resumed["history"]], default=0) <= resumed["step"]:
-            raise ValueError(f"its history is ahead of its step {resumed['step']}")
-        if average:
-            average.load_state_dict(dict(model=resumed["state_dict"], updates=resumed["ema"]["updates"]))
-        model.load_state_dict(resumed["ema"]["trained"] if average else resumed["state_dict"])
-        optimizers.load_state(optimizer, resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
-        if distributed.rank() == 0:  # it has been added up over the processes
-            state["seen"].copy_(resumed["seen"])
-        if distributed.rank() < len(resumed["rng"]):
-            devices.restore_rng(resumed["rng"][distributed.rank()], device)
-        state |= {name: resumed[name] for name in ("step", "history", "seconds")}
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"--resume can't go on with this file and these images: {str(error)[:200]}") from None
+# ---------------------------------------------------------------------------------------------- one step
 
 
-# ---------------------------------------------------------------------------------------------- one pass
+def training_batches(run, first, end):
+    """Yield this process's share of each batch of the steps first <= step < end, all of one epoch, augmented.
+
+    As (images, labels, size of the whole batch).
+    """
+    args, dataset = run.args, run.dataset
+    epoch, first_in_epoch = divmod(first, run.steps_per_epoch)
+    options = build.augmentation(args, epoch) | {
+        "key": (args.seed, epoch),
+        "first": first_in_epoch,
+        "least": run.smallest_batch,
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+        "num_classes": len(dataset.classes),
+    }
+    batches = augment.batches(run.train, args.batch_size, dataset.mean, dataset.std, run.device, **options)
+    sizes = run.batch_sizes[first_in_epoch : first_in_epoch + end - first]
+    for batch_size, (images, labels) in zip(sizes, batches, strict=False):
+        yield images, labels, batch_size
 
 
-def training_batches(args, data, part, device, epoch, first, least):
-    """This process's share of each batch of an epoch, augmented, from step `first` on."""
-    mixing = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
-    options = dict(augment=args.augment, crop_pad=args.crop_pad, flip=args.flip, erase=args.reprob)
-    options |= dict(mixup=args.mixup * mixing, cutmix=args.cutmix * mixing, num_classes=len(data.classes))
-    options |= dict(key=(args.seed, epoch), first=first, least=least, share=(distributed.rank(), distributed.count()))
-    return datasets.batches(part, args.batch_size, data.mean, data.std, device, **options)
-
-
-def backward(net, images, labels, size, loss, args, precision, scaler, optimizer):
+def backward(run, images, labels, batch_size):
     """Leave the gradient of a batch's mean loss in the parameters, clipped.
 
-    `images` and `labels` are this process's share of the batch, `size` is the whole one's. Returns what adds up over
-    the processes to the loss, the number of right answers and the gradient's norm (0 without --clip-grad), as one
-    device tensor: reading a number would make the host wait for the device in every step.
+    `images` are this process's share of a batch of `batch_size`. Returns their [sum of losses, correct predictions,
+    images] as a tensor on the device: reading a number would make every step wait for the device.
     """
-    optimizer.zero_grad(set_to_none=True)
-    result, weight = torch.zeros(3, device=images.device), 1 / size
-    if len(images) == 0:  # fewer images than processes: join the exchange of gradients with one that counts for nothing
-        images, labels, weight = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1, *labels.shape[1:]), 0.0
-    count = max(1, min(args.accum, len(images) // 2))  # no piece of one image: batch norm can't train on that
-    pieces = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
-    for i, (x, y) in enumerate(pieces):
-        with distributed.exchange(net, i + 1 == len(pieces)):
-            with devices.autocast(x.device, precision):
-                scores = net(x).float()
-            mean = loss(x, scores, y) * (len(x) * weight)
-            scaler.scale(mean * distributed.count()).backward()  # gradients are averaged over the processes, not added
-        result[0] += mean.detach()
-        result[1] += (scores.argmax(1) == (y.argmax(1) if y.ndim == 2 else y)).sum() * bool(weight)
-    if args.clip_grad:
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
-        if not scaler.is_enabled():  # else it's now and then infinite by design, and the step is left out
-            result[2] = norm / distributed.count()
-    return result
+    run.optimizer.zero_grad(set_to_none=True)
+    totals = devices.totals(run.device)
+    local_size = len(images)
+    if (
+        local_size == 0
+    ):  # fewer images than processes: a blank one, without weight, takes part in the exchange of gradients
+        images = images.new_zeros(1, *images.shape[1:])
+        labels = labels.new_zeros(1, *labels.shape[1:])
+    count = max(1, min(run.args.accum, local_size // 2))  # no micro-batch of one image: batch norm can't train on it
+    micro_batches = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
+    for i, (x, y) in enumerate(micro_batches, start=1):
+        with distributed.sync_gradients(run.ddp_model, i == count):
+            with run.autocast():
+                logits = run.ddp_model(x)
+            logits = logits.float()
+            loss = run.loss(logits, y)
+            if run.teacher:
+                loss = loss + run.args.distill * losses.distillation(logits, run.teacher(x), run.args.temperature)
+            weight = len(x) / batch_size if local_size else 0.0  # so that unequal micro-batches make the batch's mean
+            loss = loss * weight
+            # The wrapped net takes the mean of the gradients over the processes; the batch's gradient is their sum.
+            run.scaler.scale(loss * distributed.world_size()).backward()
+        classes = y.argmax(1) if y.ndim == 2 else y  # mixup's labels are distributions
+        totals[0] += loss.detach().to(totals.dtype) * batch_size
+        if local_size:
+            totals[1] += (logits.argmax(1) == classes).sum()
+            totals[2] += len(x)
+    if run.args.clip_grad:
+        run.scaler.unscale_(run.optimizer)
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip_grad)
+    return totals
 
 
-def evaluate(model, part, data, device, precision, *, loss="ce", tta=False, flip=False):
-    """The mean loss and the accuracy over all images of a part, the same for any number of processes."""
-    model.eval()
-    first, every, loss = distributed.rank(), distributed.count(), losses.parse(loss)
-    sums = torch.zeros(len(datasets.bounds(len(part[1]), EVAL_BATCH)), 2, device=device)  # by batch
-    with torch.inference_mode():
-        batches = datasets.batches(part, EVAL_BATCH, data.mean, data.std, device, first=first, every=every)
-        for own, (images, labels) in zip(sums[first::every], batches, strict=True):
-            with devices.autocast(device, precision):
-                scores = (datasets.tta(model, images, flip=flip) if tta else model(images)).float()
-            own[0] = loss(scores, labels) * len(labels)
-            own[1] = (scores.argmax(1) == labels).sum()
-    total, right = distributed.add_up(sums).cpu().double().sum(0).tolist()  # not every device has doubles
-    return total / len(part[1]), right / len(part[1])
+def train_step(run, images, labels, batch_size, seed):
+    """Take one optimizer step. Returns what backward() returns. L-BFGS alone reads `seed`."""
+    if run.args.opt == "lbfgs":
+        return lbfgs_step(run, images, labels, batch_size, seed)
+    totals = backward(run, images, labels, batch_size)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return totals
 
 
-def scoring(args):
-    """The keywords of `evaluate` that belong to a run."""
-    return dict(loss=args.loss, tta=args.tta, flip=args.flip)
+def lbfgs_step(run, images, labels, batch_size, seed):
+    """Take a step of L-BFGS, which evaluates the loss several times. Returns what the first backward() returned."""
+    evaluations = []
+
+    def closure():
+        torch.manual_seed(seed)  # the same dropout each time: the line search compares losses
+        evaluations.append(backward(run, images, labels, batch_size))
+        return evaluations[-1][0] / batch_size
+
+    run.optimizer.step(closure)
+    return evaluations[0]
+
+
+def score(run, split):
+    """Mean loss and accuracy, on a split, of the weights that the run would keep."""
+    args = run.args
+    options = {"loss": args.loss, "tta": args.tta, "flip": args.flip}
+    return evaluation.evaluate(run.eval_model, split, run.dataset, run.device, run.precision, **options)
 
 
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def epochs_within(args, data, model, device, precision, parts, loss):
-    """How many epochs, in whole steps, fit into --minutes, validation and saving included: measured on copies."""
-    rng, model, some = devices.rng_state(device), copy.deepcopy(model), [t[: 4 * EVAL_BATCH] for t in parts[1]]
-    scaler, optimizer = torch.amp.GradScaler(device.type, enabled=precision == "fp16"), make_optimizer(args, model)
-    least = smallest_batch(model)
-    sizes = [end - start for start, end in datasets.bounds(len(parts[0][1]), args.batch_size, least)]
-
-    epochs = (training_batches(args, data, parts[0], device, epoch, 0, least) for epoch in itertools.count())
-    batches = zip(itertools.chain.from_iterable(epochs), itertools.cycle(sizes), strict=False)
-
-    def step():
-        (images, labels), size = next(batches)
-        batch = (model.train(), images, labels, size)
-        optimizers.take_step(
-            functools.partial(backward, *batch, loss, args, precision, scaler, optimizer), optimizer, scaler, 0
-        )
-
-    def save():  # a file about as large as last.pt and best.pt
-        with tempfile.TemporaryDirectory() as folder:
-            content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), best=model.state_dict())
-            checkpoints.save(content, Path(folder) / "trial.pt")
-
-    others = [(save, 1.0)]
-    if args.val_split:
-        validate = functools.partial(evaluate, model, some, data, device, precision, **scoring(args))
-        others.append((validate, len(parts[1][1]) / len(some[1])))
-    steps = budget.steps_within(60 * args.minutes, step, len(sizes), others)
-    devices.restore_rng(rng, device)
-    return steps / len(sizes)
-
-
-def train(args, data, model, device, precision, out, say, parts, loss, average, optimizer, scaler, state, signals):
-    """Train until the last step, an early stop, a signal, or a value that isn't finite.
-
-    Writes best.pt, last.pt and metrics.csv after each epoch. `signals` is the list of caught_signals.
-    Returns (a row per epoch, why it stopped, the exit status).
-    """
-    (train_part, val_part), factor, least = parts, arguments.make_schedule(args), smallest_batch(model)
-    sizes = [end - start for start, end in datasets.bounds(len(train_part[1]), args.batch_size, least)]
-    steps_per_epoch = len(sizes)
-    total_steps = max(1, round(args.epochs * steps_per_epoch))
-    # `seconds` of training in this epoch; what backward returned in it, by step.
-    step, history, seconds, seen = (state[name] for name in ("step", "history", "seconds", "seen"))
-    net = distributed.connect(model, device)  # the same model, which exchanges gradients with the other processes
-    judged = average.model if average else model  # what is validated, tested and kept
-    chance = losses.parse(args.loss)(torch.zeros(1, len(data.classes)), torch.zeros(1, dtype=torch.int64)).item()
-
-    def rate(step):
-        return factor(step / steps_per_epoch, [row[args.monitor] for row in history])
-
-    def save(name, **more):
-        shape = data.train[0].shape
-        content = dict(model=args.model, model_args=model.model_args, state_dict=judged.state_dict())
-        content |= dict(classes=data.classes, image_size=shape[-1], channels=shape[1], mean=data.mean, std=data.std)
-        content |= dict(epoch=len(history), metrics=history[-1] if history else {}, args=vars(args))
-        if distributed.rank() == 0:
-            say.check()
-            checkpoints.save(content | more, out / name)
-
-    def save_last():
-        states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        states |= dict(ema=dict(trained=model.state_dict(), updates=average.updates) if average else {})
-        states |= dict(seen=distributed.add_up(seen.clone()), rng=distributed.gather(devices.rng_state(device)))
-        save("last.pt", step=step, history=history, seconds=seconds, **states)
-
-    if history and distributed.rank() == 0:  # a run that was killed after last.pt hasn't written these
-        run_folder.write_metrics(history, out / "metrics.csv")
-        if history[-1]["step"] == step and find_best(args, history) is history[-1]:
-            save("best.pt")
-    # A run that ended inside an epoch and is prolonged: so many steps of it have a row already.
-    validated = step % steps_per_epoch if history and history[-1]["step"] == step else 0
-    write_events = (
-        run_folder.make_events(out, say) if args.tensorboard and distributed.rank() == 0 else lambda row: None
-    )
-    began, first_step, drawn = time.perf_counter(), step, time.perf_counter()
-
-    while step < total_steps:
+def train(run, progress, folder, caught):
+    """Train to the last step, an early stop or a signal. Returns why it stopped; raises Diverged."""
+    args, history = run.args, progress.history
+    while progress.step < run.total_steps:
         best = find_best(args, history)
         if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
-            say(early_stopping.explain(history, best, args.monitor, chance))
+            folder.log(explain(run, history, best))
             if args.sched in ("cosine", "linear", "onecycle"):
-                say(f"The low rates at the end of --sched {args.sched} were not reached: --patience 0 lets it end.")
-            return history, "early stop", 0
+                folder.log(f"The low end of --sched {args.sched} was not reached: --patience 0 lets it end.")
+            return "early stop"
+        epoch_end = (progress.step // run.steps_per_epoch + 1) * run.steps_per_epoch
+        end = min(epoch_end, run.total_steps)
+        train_until(end, run, progress, folder, caught)
+        if progress.step == end:
+            finish_epoch(run, progress, folder)
+        if distributed.all_max(len(caught)):
+            return "interrupted"
+    return "time budget" if args.minutes else "finished"
 
-        # Train to the end of the epoch.
-        epoch, done = divmod(step, steps_per_epoch)
-        end = min(steps_per_epoch, done + total_steps - step)
-        start = time.perf_counter()
-        finetune.train_mode(net)
-        loader = training_batches(args, data, train_part, device, epoch, done, least)
-        if distributed.rank() == 0:
-            loader = datasets.progress(loader, total=end - done, desc=f"epoch {epoch + 1}", unit=" steps")
-        for images, labels in loader:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate(step)
-            batch = (net, images, labels, sizes[done])
-            gradient = functools.partial(backward, *batch, loss, args, precision, scaler, optimizer)
-            seen[done] = optimizers.take_step(gradient, optimizer, scaler, seed=step)
-            if average:
-                average.update(model)
-            step, done = step + 1, done + 1
 
-            stop = distributed.any_of(signals[0] if signals else 0)
-            log, keep = (n and step % n == 0 for n in (args.log_interval, args.save_every))
-            if not (stop or log or keep or done == end):
-                continue
-            rows = distributed.add_up(seen[:done].clone()).tolist()  # waits for the device, so that the clock is right
-            seconds += time.perf_counter() - start
-            if problem := early_stopping.not_finite(rows):
-                at = step - done + problem[0]
-                say(f"{problem[1]} at step {at + 1:,}, learning rate {args.lr * rate(at):.3g}: {NOT_FINITE}")
-                return history, "non-finite loss", 1
-            if log:
-                say(f"  step {step:,} of {total_steps:,}  train loss {sum(row[0] for row in rows) / done:.4f}")
-            if (keep or stop) and done < end:
-                save_last()
-            if stop or done == end:
-                break
-            start = time.perf_counter()
-        if done < end:
-            return history, "interrupted", 128 + stop
+def train_until(end, run, progress, folder, caught):
+    """Take steps up to number `end` of this epoch, or up to a signal."""
+    args = run.args
+    finetune.train_mode(run.ddp_model)
+    batches = training_batches(run, progress.step, end)
+    if distributed.rank() == 0:
+        name = f"epoch {len(progress.history) + 1}"
+        batches = data.progress(batches, total=end - progress.step, desc=name, unit=" steps")
+    start = time.perf_counter()
+    for images, labels, batch_size in batches:
+        multiplier = lr_multiplier(run, progress.step, progress.history)
+        for group in run.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+        progress.totals += train_step(run, images, labels, batch_size, seed=progress.step)
+        if run.ema:
+            run.ema.update(run.model)
+        progress.step += 1
 
-        # Validate, keep the best, save, report.
-        distributed.spread(judged)  # batch norms have seen different images in each process
-        rows, own_sizes = rows[validated:], sizes[validated:done]
-        count, row = sum(own_sizes), dict(epoch=len(history) + 1, step=step, lr=args.lr * rate(step - 1))
-        row["train_loss"] = sum(value * size for (value, _, _), size in zip(rows, own_sizes, strict=True)) / count
-        row["train_acc"] = sum(right for _, right, _ in rows) / count
-        row["val_loss"], row["val_acc"] = math.nan, math.nan
-        if args.val_split:
-            row["val_loss"], row["val_acc"] = evaluate(judged, val_part, data, device, precision, **scoring(args))
-            if not math.isfinite(row["val_loss"]):
-                at = f"at step {step:,}, learning rate {row['lr']:.3g}"
-                say(f"the validation loss is {row['val_loss']} {at}: {NOT_FINITE}")
-                return history, "non-finite loss", 1
-        row["seconds"], row["images_per_second"], seconds = seconds, count / seconds, 0.0
-        history.append(row)
-        validated, best = 0, find_best(args, history)
-        save_last()
-        if best is row:
-            save("best.pt")
-        if distributed.rank() == 0:
-            run_folder.write_metrics(history, out / "metrics.csv")
-            write_events(row)
-            if time.perf_counter() - drawn > DRAW_EVERY:
-                draw_curves(history, best, out)
-                drawn = time.perf_counter()
-        left = (time.perf_counter() - began) / (step - first_step) * (total_steps - step)
-        say(run_folder.epoch_line(row, math.ceil(args.epochs), best is row, left))
-        if early_stopping.waited(history, best, args.warmup_epochs) == (args.patience + 1) // 2 < args.patience:
-            say(early_stopping.explain(history, best, args.monitor, chance))
+        stop = distributed.all_max(len(caught)) > 0
+        log = args.log_interval > 0 and progress.step % args.log_interval == 0
+        save = args.save_every > 0 and progress.step % args.save_every == 0
+        if not (stop or log or save or progress.step == end):
+            continue
+        loss_sum, _, seen = distributed.all_reduce(progress.totals).tolist()  # waits for the device
+        progress.seconds += time.perf_counter() - start
+        if not math.isfinite(loss_sum):
+            at = f"by step {progress.step:,}, learning rate {args.lr * multiplier:.3g}"
+            raise Diverged(f"the training loss is {loss_sum} {at}: {REMEDY}")
+        if log:
+            folder.log(f"  step {progress.step:,} of {run.total_steps:,}  train loss {loss_sum / seen:.4f}")
+        if (save or stop) and progress.step < end:
+            folder.save("last.pt", resume.last_content(run, progress))
         if stop:
-            return history, "interrupted", 128 + stop
-    return history, "time budget" if args.minutes else "finished", 0
+            break
+        start = time.perf_counter()
+
+
+def finish_epoch(run, progress, folder):
+    """Validate, add a row to the history, keep the best weights, save, report."""
+    args, history = run.args, progress.history
+    distributed.broadcast(run.eval_model)  # the statistics of batch norms differ between the processes
+    loss_sum, correct, images = distributed.all_reduce(progress.totals).tolist()
+    lr = args.lr * lr_multiplier(run, progress.step - 1, history)
+    val_loss = val_acc = math.nan
+    if args.val_split:
+        val_loss, val_acc = score(run, run.val)
+        if not math.isfinite(val_loss):
+            at = f"at step {progress.step:,}, learning rate {lr:.3g}"
+            raise Diverged(f"the validation loss is {val_loss} {at}: {REMEDY}")
+    elif not all(weight.isfinite().all() for weight in run.eval_model.parameters()):
+        raise Diverged(f"a weight is not finite at step {progress.step:,}, learning rate {lr:.3g}: {REMEDY}")
+    steps = progress.step - (history[-1]["step"] if history else 0)
+    history.append(
+        {
+            "epoch": len(history) + 1,
+            "step": progress.step,
+            "lr": lr,
+            "train_loss": loss_sum / images,
+            "train_acc": correct / images,
+            "val_loss": val_loss,
+            "val_acc": val_acc,
+            "seconds": progress.seconds,
+            "images_per_second": images / progress.seconds,
+        }
+    )
+    seconds_left = progress.seconds / steps * (run.total_steps - progress.step)
+    progress.seconds = 0.0
+    progress.totals.zero_()
+
+    best = find_best(args, history)
+    folder.save("last.pt", resume.last_content(run, progress))
+    if best is history[-1]:
+        folder.save("best.pt", resume.best_content(run, progress))
+    folder.report(history, best, math.ceil(args.epochs), seconds_left)
+    half = (args.patience + 1) // 2
+    if half < args.patience and early_stopping.waited(history, best, args.warmup_epochs) == half:
+        folder.log(explain(run, history, best))
+
+
+def lr_multiplier(run, step, history):
+    """What the initial learning rate of every parameter group is multiplied by in a step."""
+    watched = run.args.sched_monitor or run.args.monitor
+    return run.schedule(step / run.steps_per_epoch, [row[watched] for row in history])
 
 
 def find_best(args, history):
@@ -379,217 +377,84 @@ def find_best(args, history):
     return early_stopping.best_row(history, args.monitor, args.min_delta)
 
 
-def draw_curves(history, best, out):
-    """Draw curves.png. False without matplotlib."""
-    try:
-        plot.draw({out.name: history}, out / "curves.png", best={out.name: best["epoch"]} if best else {})
-    except ImportError:
-        return False
-    return True
+def explain(run, history, best):
+    """Why the monitored value has stopped improving, in one line."""
+    of_zeros = losses.parse(run.args.loss)(torch.zeros(1, len(run.dataset.classes)), torch.zeros(1, dtype=torch.int64))
+    return plateau.explain(history, best, run.args.monitor, of_zeros.item())
 
 
-def finish(args, data, model, device, precision, out, say, history, stopped):
-    """Read the test set, once, with the best weights, if the run has ended; write result.json and curves.png."""
-    say.check()
-    best, test_loss, test_acc = find_best(args, history), None, None
-    if stopped in ("finished", "early stop", "time budget"):
-        if distributed.rank() == 0:
-            model.load_state_dict(checkpoints.load(out / "best.pt")["state_dict"])
-        distributed.spread(model)
-        test_loss, test_acc = evaluate(model, data.test, data, device, precision, **scoring(args))
+def finish(run, progress, folder, stopped):
+    """Read the test set once, with the best weights, if the run has ended; write result.json and curves.png."""
+    args, history = run.args, progress.history
+    best = find_best(args, history)
+    test_loss = test_acc = None
+    if stopped in FINISHED:
         why = f"best {args.monitor}, {best[args.monitor]:.4f}" if args.val_split else "the last, as none was held out"
-        say(f"{stopped}: the result is epoch {best['epoch']} ({why})")
-        read = f"{data.name}, {len(data.test[1]):,} images, read once{', mean of views' * args.tta}"
-        say(f"test acc {test_acc:.4f}  loss {test_loss:.4f}  ({read})")
+        folder.log(f"{stopped}: the result is epoch {best['epoch']} ({why})")
+    if stopped in FINISHED and not args.no_test:
+        folder.check()
+        content = distributed.on_main(lambda: checkpoints.load(folder.path / "best.pt"))
+        run.model.load_state_dict(content["state_dict"])
+        test_loss, test_acc = score(dataclasses.replace(run, ema=None), run.dataset.test)
+        folder.log(evaluation.test_line(run.dataset, test_loss, test_acc, args.tta, "read once"))
     elif stopped == "interrupted":
-        say(f"interrupted: python train.py --resume {out / 'last.pt'} goes on from here")
-    if distributed.rank() > 0:
-        return None
-    result = dict(model=args.model, data=data.name, test_acc=test_acc, test_loss=test_loss)
-    result |= run_folder.summary(history, best) | dict(stopped=stopped)
-    result |= dict(params=sum(p.numel() for p in model.parameters()), seed=args.seed)
-    result |= dict(device=devices.device_name(device), amp=precision, torch=torch.__version__, args=vars(args))
-    result |= dict(command=run_folder.command(), commit=run_folder.commit())
-    say.check()
-    run_folder.write_result(result, out / "result.json")
-    if history and not draw_curves(history, best, out):
-        say("no curves.png: pip install matplotlib")
+        folder.log(f"interrupted: python train.py --resume {folder.path / 'last.pt'} goes on from here")
+    result = run_folder.result_of(run, history, best, stopped, test_loss, test_acc)
+    folder.write_result(result)
+    folder.draw(history, best)
     return result
 
 
-# ---------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------------- the command line
 
 
-def print_test(args, given):
-    """--eval: the test accuracy of a saved checkpoint."""
-    known = {"eval", "model", "data", "data_dir", "device", "amp"}
-    ranges.refuse_idle(given, given.keys() - known, "with --eval")
-    checkpoint = checkpoints.load(args.eval)
-    if given.get("model", checkpoint["model"]) != checkpoint["model"]:
-        raise ValueError(f"{args.eval} holds a {checkpoint['model']}, not --model {args.model}")
-    run = argparse.Namespace(**dict(data="shapes", loss="ce", tta=False, flip=False, amp="auto") | checkpoint["args"])
-    data = load_for(checkpoint, given.get("data", run.data), args.data_dir)
-    device = distributed.own_device(devices.choose_device(args.device))
-    model = arguments.rebuild(checkpoint).to(device)
-    precision = devices.choose_precision(given.get("amp", run.amp), device)
-    loss, acc = evaluate(model, data.test, data, device, precision, **scoring(run))
-    read = f"{data.name}, {len(data.test[1]):,} images{', mean of views' * run.tta}"
-    print(f"test acc {acc:.4f}  loss {loss:.4f}  ({read})")
-
-
-def set_up(args, given, resumed):
-    """All that may be refused, in the order of its cost; then the run's folder. Nothing is written before that."""
-    device = distributed.own_device(devices.choose_device(args.device))
-    precision = devices.choose_precision(args.amp, device)
-    data, train_part, val_part = load_data(args, given)
-    args.data = "shapes" if args.data in datasets.DOWNLOADS and data.name == "shapes" else args.data
-    model = build(args, data, train_part, device)
-    if distributed.rank():
-        torch.manual_seed(args.seed + distributed.rank())  # dropout of its own
-    started = ""
-    if args.init and not resumed:
-        fits = finetune.initialise(model, arguments.read_init(args.init, args.model), data.classes)
-        started = f"start from {args.init}: {fits}"
-    finetune.freeze(model, args.freeze)
-    optimizer, loss = make_optimizer(args, model), make_loss(args, data, device, precision)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    average = ema.Average(model, args.ema) if args.ema else None
-    least, count = smallest_batch(model), len(train_part[1])
-    if min(args.batch_size, count) < least:
-        text = f"--batch-size {args.batch_size} of {count} images must be at least {least}"
-        raise ValueError(f"{text}: batch norm can't train on one image in a process")
-    steps = len(datasets.bounds(count, args.batch_size, least))
-    state = dict(step=0, history=[], seconds=0.0, seen=torch.zeros(steps, 3, device=device))  # as last.pt holds them
-    if resumed:
-        restore(resumed, model, average, optimizer, scaler, state, device)
-    parts = [devices.place(part, device) for part in (train_part, val_part)]
-    if args.minutes and not resumed:
-        args.epochs = epochs_within(args, data, model, device, precision, parts, loss)
-        arguments.shorten_warmup(args, given)
-        arguments.make_schedule(args)  # raises ValueError if the warm-up is too long
-    if args.compile:
+def run_once(args, checkpoint=None):
+    """One run, from its arguments to its result. Returns (what result.json holds, exit status)."""
+    with checkpoints.blamed(args.resume):
+        run = prepare(args)
+        progress = Progress(devices.totals(run.device))
+        if checkpoint:
+            resume.restore(run, progress, checkpoint)
+        folder = resume.open_folder(run, progress, find_best(run.args, progress.history))
+    with folder, errors.while_training(args), errors.caught_signals() as caught:
+        for line in run_folder.describe(run):
+            folder.log(line)
+        if checkpoint:
+            folder.log(resume.changes(args, checkpoint))
+        folder.log(f"writing to {folder.path}")
+        if args.tensorboard:
+            folder.open_events()
         try:
-            model.compile()  # in place: the names of its weights stay
-        except RuntimeError as error:  # not on this version of Python, or not on this system
-            raise ValueError(f"--compile doesn't work here, use --no-compile: {error}") from None
-
-    log = None
-
-    def claim():
-        nonlocal log
-        before, out = (Path(args.resume).parent, given.get("out")) if resumed else (None, args.out)
-        going_on = resumed and (out is None or Path(out).resolve() == before.resolve())
-        going_on = going_on or (distributed.restarted() and out is not None)
-        default = Path("runs") / f"{args.model}-{data.name}-{args.opt}-{args.sched}"
-        best = find_best(args, state["history"])
-        # Where the best epoch is the one that last.pt holds, training starts with writing it.
-        kept = checkpoints.load(before / "best.pt") if best and best["step"] < state["step"] else None
-        out, log = run_folder.claim(before if going_on and resumed else out, default, going_on)
-        if kept and not going_on:
-            checkpoints.save(kept, out / "best.pt")
-        return out
-
-    out = distributed.once(claim)
-    say = run_folder.make_say(log)
-    say(f"$ {run_folder.command()}")
-    versions = f"torch {torch.__version__}, python {platform.python_version()}"
-    say(f"{versions}, {devices.device_name(device)}, {precision}{', compiled' * args.compile}")
-    counts = [f"{len(labels):,}" for _, labels in (train_part, val_part, data.test)]
-    shape = "x".join(map(str, data.train[0].shape[1:]))
-    kind, length = f"{len(data.classes)} classes, {shape}", f"{args.epochs:g} epochs, batches of {args.batch_size}"
-    lines = [f"{data.name}: {counts[0]} images to train on, {counts[1]} to validate, {counts[2]} to test; {kind}"]
-    lines.append(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.opt}, ")
-    lines[-1] += f"{args.sched}, {length}"
-    lines = [data.note, *lines, *optimizers.describe_groups(model, optimizer.param_groups), started]
-    if resumed:
-        changed = [
-            f"{flag_name(k)} {v} -> {given[k]}"
-            for k, v in resumed["args"].items()
-            if given.get(k, v) != v and k != "resume"
-        ]
-        lines.append(f"going on after step {resumed['step']:,} of {args.resume}" + "".join(f", {c}" for c in changed))
-    if distributed.count() > 1:
-        lines.append(f"{distributed.count()} processes share every batch")
-    for line in filter(None, [*lines, f"writing to {out}"]):
-        say(line)
-    return (args, data, model, device, precision, out, say), (parts, loss, average, optimizer, scaler, state)
+            stopped = train(run, progress, folder, caught)
+        except Diverged as error:
+            folder.log(str(error))
+            stopped = "non-finite loss"
+        result = finish(run, progress, folder, stopped)
+    if stopped == "interrupted":
+        return result, 128 + distributed.all_max(caught[0] if caught else 0)
+    return result, errors.STATUS_OF.get(stopped, 0)
 
 
-def fail(status, error, program="train.py"):
-    """One line on standard error; returns the exit status. What all processes know, the first one says."""
-    if distributed.rank() == 0 or status == 1:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
-
-
-def run_once(args, given, resumed):
-    """One run, from its set-up to its result. Returns (result or None, exit status)."""
-    training = False
-    try:
-        with arguments.blame(args.resume):
-            common, more = set_up(args, given, resumed)
-        training = True
-        with distributed.caught_signals() as signals:
-            history, stopped, status = train(*common, *more, signals)
-        return finish(*common, history, stopped), status
-    except (ValueError, OSError) as error:
-        return None, fail(1 if training else 2, error)
-    except (RuntimeError, MemoryError) as error:
-        if devices.is_out_of_memory(error):
-            sizes = f"--batch-size {args.batch_size}: lower it, or raise --accum (now {args.accum})"
-            return None, fail(1 if training else 2, f"out of memory with {sizes}, or make the model smaller")
-        if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            return None, fail(1, f"--compile doesn't work here, use --no-compile: {str(error)[:300]}")
-        if distributed.count() > 1:
-            return None, fail(1, f"process {distributed.rank()} stops: {error}")
-        raise
-
-
-def run_seeds(args, given):
-    """--runs: one run for each seed, in folders of one folder, and their mean and standard deviation."""
-    try:
-        data = load_data(args, given)[0]
-        default = Path("runs") / f"{args.model}-{data.name}-{args.opt}-{args.sched}-x{args.runs}"
-        folder, log = run_folder.claim(args.out, default)
-    except (ValueError, OSError) as error:
-        return fail(2, error)
-    say, results, status = run_folder.make_say(log), [], 0
-    for seed in range(args.seed, args.seed + args.runs):
-        own = argparse.Namespace(**vars(args) | dict(seed=seed, runs=1, out=str(folder / f"seed-{seed}")))
-        result, status = run_once(own, given, None)
-        if status:
-            break
-        results.append(result)
-    if status == 2 and not results:
-        log.take_back()  # nothing has been run
-    if len(results) > 1:
-        text, summary = run_folder.over_seeds(results)
-        say(text)
-        summary |= dict(args=vars(args) | dict(data=own.data), command=run_folder.command(), commit=run_folder.commit())
-        run_folder.write_result(summary, folder / "result.json")
-    return status
-
-
-def run(argv):
-    try:
-        with distributed.quiet():
-            args, given, resumed = arguments.parse(argv)
-        if args.eval:
-            with arguments.blame(args.eval):
-                print_test(args, given)
-            return 0
-        return run_seeds(args, given) if args.runs > 1 else run_once(args, given, resumed)[1]
-    except SystemExit as stop:  # argparse has said why
-        return stop.code
-    except (ValueError, OSError) as error:
-        return fail(2, error)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+def command(argv=None):
+    """What the command line asks for. Returns the exit status."""
+    with distributed.main_prints():
+        args, checkpoint = arguments.parse(argv)
+    if args.eval:
+        with checkpoints.blamed(args.eval):
+            return evaluation.test_checkpoint(args)
+    if args.runs > 1:
+        return repeat.repeat(args, run_once)
+    return run_once(args, checkpoint)[1]
 
 
 def main(argv=None):
-    distributed.join()
-    return distributed.leave(run(argv))
+    def start():
+        distributed.init()
+        return command(argv)
+
+    status = errors.exit_status("train.py", start, flags=arguments.as_flags)
+    distributed.cleanup(status)
+    return status
 
 
 if __name__ == "__main__":

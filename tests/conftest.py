@@ -1,5 +1,6 @@
 """What several test files use: small models, small sets, small runs."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,12 +13,13 @@ from PIL import Image
 
 import cnn_cifar10
 import data as datasets
+import losses
 import mlp_mnist
 import optimizers
 import plot
 import train
 import vit
-from utils import checkpoints
+from utils import build, checkpoints, devices, evaluation
 
 HERE = Path(__file__).parent.parent
 
@@ -34,6 +36,7 @@ def models():
         "mlp of the articles": mlp_mnist.MLP(hidden=(256, 128, 64), batch_norm=False),
         "cnn": cnn_cifar10.CNN(widths=(16, 32, 32)),
         "cnn plain": cnn_cifar10.CNN(arch="plain"),
+        "cnn relu": cnn_cifar10.CNN(arch="relu"),
         "vit mean": vit.ViT(**VIT, pool="mean"),
         "vit conv": vit.ViT(**VIT, pool="mean", stem="conv"),
         "vit cls": vit.ViT(**VIT, pool="cls", dropout=0.1, emb_dropout=0.1, drop_path=0.1),
@@ -57,7 +60,7 @@ def tiny(monkeypatch, tmp_path):
     small = datasets.shapes(140, 40)
 
     def shapes():
-        return datasets.Data(small.name, small.classes, small.mean, small.std, small.train, small.test)
+        return dataclasses.replace(small)
 
     monkeypatch.setattr(datasets, "shapes", shapes)
     monkeypatch.setattr(plot, "draw", lambda runs, path, best: Path(path).write_bytes(b"picture"))
@@ -76,12 +79,33 @@ def call(*argv):
     return train.main([str(a) for a in argv])
 
 
+def run_of(args, model):
+    """A run without data, as far as train.backward and train.train_step need it."""
+    device = torch.device("cpu")
+    return train.Run(
+        args=args,
+        dataset=None,
+        train=None,
+        val=None,
+        device=device,
+        precision="fp32",
+        model=model,
+        ddp_model=model,
+        ema=None,
+        loss=losses.parse(args.loss, args.smoothing),
+        teacher=None,
+        optimizer=build.make_optimizer(args, model),
+        scaler=devices.grad_scaler(device, "fp32"),
+        schedule=None,
+    )
+
+
 def weights(path):
     return checkpoints.load(path)["state_dict"]
 
 
 def same(a, b):
-    """Equal to the bit, in nested dicts, lists and tensors."""
+    """Bitwise identical, in nested dicts, lists and tensors."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -143,14 +167,14 @@ def rows(values, **more):
 
 def scripted(monkeypatch, accuracies):
     """Make validation give these accuracies; a test of any other size is passed through."""
-    real, values = train.evaluate, iter(accuracies)
+    real, values = evaluation.evaluate, iter(accuracies)
 
-    def evaluate(model, part, *rest, **scoring):
-        if len(part[1]) == 14:
+    def evaluate(model, split, *rest, **options):
+        if len(split.labels) == 14:
             return 1.0, next(values)
-        return real(model, part, *rest, **scoring)
+        return real(model, split, *rest, **options)
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
 
 
 def without_times(checkpoint):
@@ -182,7 +206,7 @@ def assert_same_run(a, b):
     assert tables[0] == tables[1] and len(tables[0]) > 1
 
 
-def refused(*argv):
+def rejected(*argv):
     """The exit status, be it returned or argparse's own way out."""
     try:
         return call(*argv)
@@ -192,6 +216,14 @@ def refused(*argv):
 
 # What each flag changes, against the tiny run: (flags of both runs, flags of the second, what differs).
 EFFECTS = {
+    "mean": ("", "--mean 0.1", "weights"),
+    "std": ("", "--std 1", "weights"),
+    "sched_monitor": (
+        "--sched plateau --lr 0.1 --epochs 5 --patience-epochs 0",
+        "--sched-monitor val_loss",
+        "weights",
+    ),
+    "no_test": ("", "--no-test", "log"),
     "model": ("", "--model vit --dim 16 --depth 1 --heads 2", "weights"),
     "epochs": ("", "--epochs 2", "weights"),
     "batch_size": ("", "--batch-size 32", "weights"),

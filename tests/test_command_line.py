@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EFFECTS, TINY, TINY_MLP, call, refused, same, write_folder, write_idx, write_mnist
+from conftest import EFFECTS, TINY, TINY_MLP, call, rejected, same, write_folder, write_idx, write_mnist
 from PIL import Image
 
 import data as datasets
 import mlp_mnist
-from utils import arguments, checkpoints
+from utils import arguments, checkpoints, models
 
 WRONG = [
-    "--model resnet", "--opt adamax", "--sched cosinus", "--loss l1", "--loss ce+", "--data nowhere", "--epochs 0",
+    "--model resnet", "--opt adamax", "--sched cosinus", "--loss l2", "--loss ce+", "--data nowhere", "--epochs 0",
     "--epochs nan", "--epochs -1", "--lr -0.1", "--lr 0", "--lr inf", "--batch-size 0", "--batch-size 1.5",
     "--accum 0", "--accum 65",
     "--seed -1", "--device tpu", "--device cuda:99", "--amp fp8", "--val-split -0.1", "--val-split 0.5.5",
@@ -47,7 +47,7 @@ def test_wrong_input_is_one_line_and_status_2(tiny, capsys):
     Path("file").write_text("not a folder")
     before = sorted(tiny.rglob("*"))
     for wrong in WRONG:
-        status = refused(*TINY, *wrong.split())
+        status = rejected(*TINY, *wrong.split())
         said = capsys.readouterr().err
         assert status == 2, wrong
         assert len(said.splitlines()) == 1 and "error: " in said, (wrong, said)
@@ -65,7 +65,7 @@ def test_wrong_input_is_one_line_and_status_2(tiny, capsys):
 
 def test_unknown_names_list_the_known_ones(tiny, capsys):
     for flag, known in (("--model", "mlp"), ("--opt", "adagrad"), ("--sched", "onecycle"), ("--data", "fashion-mnist")):
-        assert refused(flag, "unknown") == 2
+        assert rejected(flag, "unknown") == 2
         assert known in capsys.readouterr().err
 
 
@@ -155,7 +155,7 @@ def test_bad_checkpoints_are_refused(tiny, capsys):
     for name, write in damaged_checkpoints(good).items():
         write(path := tiny / "bad.pt")
         for flag in ("--eval", "--resume"):
-            assert refused(flag, path) == 2, (name, flag)
+            assert rejected(flag, path) == 2, (name, flag)
             said = capsys.readouterr().err
             assert len(said.splitlines()) == 1 and len(said) < 500, (name, said)
             assert sorted(f.name for f in tiny.iterdir()) == ["bad.pt", "run"], name
@@ -165,7 +165,7 @@ def test_resume_refuses_what_does_not_fit(tiny, capsys):
     assert call(*TINY_MLP, "--out", "run") == 0
     good = checkpoints.load("run/last.pt")
     for change in (
-        dict(history=[dict(epoch=1)]), dict(history=[3]), dict(optimizer={}), dict(seen=torch.zeros(9, 3)),
+        dict(history=[dict(epoch=1)]), dict(history=[3]), dict(optimizer={}), dict(totals=torch.zeros(9, 3)),
         dict(rng=[3]), dict(args=good["args"] | dict(colour="red")), dict(args={}),
     ):  # fmt: skip
         torch.save(good | change, "run/last.pt")
@@ -265,7 +265,7 @@ def test_a_folder_that_changes_while_it_is_decoded(tiny, monkeypatch, capsys):
 
 def test_no_dead_flag(tiny, monkeypatch, capsys):
     """Every flag of every model is in the table above, and changes there what it says."""
-    flags = {dest for name in arguments.MODELS for dest in vars(arguments.make_parser(name).parse_args([]))}
+    flags = {dest for name in models.MODELS for dest in vars(arguments.make_parser(name).parse_args([]))}
     assert flags == set(EFFECTS)
     write_folder(tiny / "pets", (16, 16), train_count=70)
     base = "--model mlp --hidden 16 --data shapes --epochs 1 --batch-size 64"

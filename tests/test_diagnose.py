@@ -1,5 +1,6 @@
 """Tests: diagnose."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,7 @@ from PIL import Image
 
 import data as datasets
 import diagnose
-import train
-from utils import checkpoints
+from utils import build, checkpoints
 
 DIAGNOSE = "--model mlp --hidden 64 --data shapes --batch-size 64 --epochs 4 --device cpu".split()
 
@@ -23,33 +23,33 @@ def diagnosed(*argv):
 
 
 def failed_checks(said):
-    return {line[4:19].strip() for line in said.splitlines() if line.startswith("FAIL")}
+    return {line[6:28].strip() for line in said.splitlines() if line.startswith("FAIL")}
 
 
 def plant_in_data(monkeypatch, data, change):
     """Let a set-up see its data after `change`. The test labels are gone: reading them would raise."""
-    data = datasets.Data(data.name, data.classes, data.mean, data.std, data.train, data.test)
+    data = dataclasses.replace(data)
     change(data)
-    real = train.load_data
+    real = build.load_data
 
     def load_data(*args):
-        loaded, *parts = real(*args)
-        loaded.test = (loaded.test[0], None)
-        return loaded, *parts
+        loaded, *splits = real(*args)
+        loaded.test = datasets.Split(loaded.test.images, None)
+        return loaded, *splits
 
     monkeypatch.setattr(datasets, "shapes", lambda: data)
-    monkeypatch.setattr(train, "load_data", load_data)
+    monkeypatch.setattr(build, "load_data", load_data)
 
 
 def plant_in_model(monkeypatch, change):
-    real = train.build
+    real = build.make_model
 
-    def build(*args):
+    def make_model(*args):
         model = real(*args)
         change(model)
         return model
 
-    monkeypatch.setattr(train, "build", build)
+    monkeypatch.setattr(build, "make_model", make_model)
 
 
 def wrong_constants(data):
@@ -58,16 +58,18 @@ def wrong_constants(data):
 
 def shuffled_labels(data):
     images, labels = data.train
-    data.train = images, labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    data.train = datasets.Split(images, labels[order])
 
 
 def copies_in_train(data):
     images, labels = data.train
-    data.train = torch.cat([images, images[:50]]), torch.cat([labels, labels[:50]])
+    data.train = datasets.Split(torch.cat([images, images[:50]]), torch.cat([labels, labels[:50]]))
 
 
 def copies_in_test(data):
-    data.test = torch.cat([data.train[0][:1], data.test[0]]), torch.cat([data.train[1][:1], data.test[1]])
+    images = torch.cat([data.train.images[:1], data.test.images])
+    data.test = datasets.Split(images, torch.cat([data.train.labels[:1], data.test.labels]))
 
 
 def frozen_layer(model):
@@ -95,10 +97,10 @@ def loud_head(model):
         (shuffled_labels, None, "", {"labels"}),
         (copies_in_train, None, "", {"overlap"}),
         (copies_in_test, None, "", {"overlap"}),
-        (None, None, "--lr 2", {"rate"}),
-        (None, dead_model, "", {"memory", "gradients"}),
-        (None, sees_the_batch, "", {"alone"}),
-        (None, loud_head, "", {"first loss"}),
+        (None, None, "--lr 2", {"learning rate"}),
+        (None, dead_model, "", {"overfit a batch", "gradients"}),
+        (None, sees_the_batch, "", {"batch independence"}),
+        (None, loud_head, "", {"loss at initialisation"}),
         (None, None, "--t-max 1", {"schedule"}),
     ],
 )
@@ -135,10 +137,10 @@ def test_diagnose_of_few_images_says_that_they_are_few(tiny, capsys):
 
 def test_find_lr_leaves_the_weights_alone_and_suggests_a_rate_that_learns(tiny, monkeypatch, middling, capsys):
     monkeypatch.setattr(datasets, "shapes", lambda: middling)
-    s = diagnose.set_up(*diagnose.parse_args(DIAGNOSE)[:2])
-    before = {k: v.clone() for k, v in s.model.state_dict().items()}
-    rates, smooth, suggestion = diagnose.find_lr(s)
-    assert same(before, dict(s.model.state_dict()))
+    run = diagnose.prepare(diagnose.parse_args(DIAGNOSE)[0]).run
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    rates, smooth, suggestion = diagnose.find_lr(run)
+    assert same(before, dict(run.model.state_dict()))
     assert rates[0] == 1e-7 and len(rates) == len(smooth) and rates == sorted(rates)
     assert 1e-4 < suggestion < 0.1
     losses = {}
@@ -154,8 +156,8 @@ def test_find_lr_leaves_the_weights_alone_and_suggests_a_rate_that_learns(tiny, 
 
 def test_find_lr_stops_when_the_loss_diverges(tiny, monkeypatch, middling):
     monkeypatch.setattr(datasets, "shapes", lambda: middling)
-    args = diagnose.parse_args([*DIAGNOSE, "--opt", "sgd", "--no-batch-norm"])[:2]
-    rates, smooth, _ = diagnose.find_lr(diagnose.set_up(*args))
+    args, _ = diagnose.parse_args([*DIAGNOSE, "--opt", "sgd", "--no-batch-norm"])
+    rates, smooth, _ = diagnose.find_lr(diagnose.prepare(args).run)
     assert rates[-1] < 9 and not smooth[-1] < 2 * min(smooth) and all(x < 2 * min(smooth) for x in smooth[:-1])
 
 

@@ -19,7 +19,7 @@ from conftest import (
     assert_same_run,
     call,
     python,
-    refused,
+    rejected,
     replaced,
     write_folder,
     write_mnist,
@@ -30,7 +30,7 @@ import optimizers
 import plot
 import schedulers
 import train
-from utils import arguments, checkpoints, ranges
+from utils import arguments, checkpoints, models
 
 
 def forked(argv):
@@ -44,7 +44,7 @@ def forked(argv):
 def kill_loop(kills):
     """Kill a run at random moments, resume it each time, compare it with an unbroken one; again until `kills` kills."""
     drawn = datasets.shapes(140, 40)
-    datasets.shapes = lambda: datasets.Data(*(getattr(drawn, f) for f in datasets.Data.__dataclass_fields__))
+    datasets.shapes = lambda: datasets.Dataset(*(getattr(drawn, f) for f in datasets.Dataset.__dataclass_fields__))
     plot.draw = lambda *args, **more: None
     flags = "--hidden 64 --data shapes --batch-size 5 --epochs 5 --save-every 2 --device cpu --dropout 0.5".split()
     start = time.perf_counter()
@@ -107,7 +107,7 @@ FUZZED = {
     for dest in EFFECTS
     if dest not in ("resume", "eval", "epochs", "out", "data_dir")
 } | dict(
-    model=[*arguments.MODELS, "", "MLP"], opt=[*optimizers.OPTIMIZERS, "Adam"], sched=[*schedulers.SCHEDULES, "x"],
+    model=[*models.MODELS, "", "MLP"], opt=[*optimizers.OPTIMIZERS, "Adam"], sched=[*schedulers.SCHEDULES, "x"],
     data=["shapes", "pets", "nowhere", "", "/", "pets/train", "file"], epochs=["0.5", "1", "2", "0", "nan", "x"],
     amp=["auto", "off", "bf16", "fp16", "x"], device=["cpu", "auto", "cuda", "cpu:1", "meta", ""],
     depth=["0", "1", "2", "x"], runs=["-1", "0", "1", "2", "1e400", "nan", "x", ""],
@@ -124,15 +124,15 @@ def test_random_flags_end_in_success_or_in_one_line(tiny, monkeypatch, capsys):
     draw, ends, faults = random.Random(0), {}, []
     small = {"mlp": "--hidden 8", "cnn": "--widths 4,4", "vit": "--patch-size 4 --dim 8 --depth 1 --heads 1"}
     for case in range(3000):
-        model = draw.choice([*arguments.MODELS])
+        model = draw.choice([*models.MODELS])
         argv = ["--model", model, *small[model].split(), "--epochs", "1", "--data", "shapes", "--out", f"run-{case}"]
         dests = list(vars(arguments.make_parser(model).parse_args([])))
         for dest in draw.sample(sorted(FUZZED.keys() & dests), draw.choice([1, 1, 2, 3])):
-            flag = ranges.flag_name(dest)
+            flag = arguments.flag_name(dest)
             no_value = isinstance(vars(arguments.make_parser(model).parse_args([]))[dest], bool)
             argv += [flag] if no_value else [f"{flag}={draw.choice(FUZZED[dest])}"]
         try:
-            status, error = refused(*argv), None
+            status, error = rejected(*argv), None
         except Exception as traceback:
             status, error = None, repr(traceback)[:200]
         said = capsys.readouterr().err

@@ -1,5 +1,7 @@
-"""Tests: files alone."""
+"""Files that are copied alone: they import nothing of the repo, and the examples in their docstrings run as printed."""
 
+import ast
+import inspect
 import json
 import shutil
 import sys
@@ -13,81 +15,105 @@ import cnn_cifar10
 import mlp_mnist
 import vit
 
-ALONE = {
-    "mlp_mnist.py": "from mlp_mnist import MLP; MLP()(torch.randn(4, 1, 28, 28)).sum().backward()",
-    "cnn_cifar10.py": "from cnn_cifar10 import CNN; CNN(widths=(4, 8))(torch.randn(4, 3, 32, 32)).sum().backward()",
-    "vit.py": "from vit import ViT; m = ViT(image_size=32, patch_size=8, num_classes=10, dim=16, depth=1, heads=2, "
-    "mlp_dim=16); m(torch.randn(4, 3, 32, 32)).sum().backward()",
-    "schedulers.py": "from schedulers import schedule; assert schedule('cosine', lr=1, epochs=2)(1) == 0.5",
-    "data.py": "import data; d = data.shapes(40, 20); t, v = data.split(d.train, 0.5, 0); "
-    "x, y = next(data.batches(t, 8, d.mean, d.std, 'cpu', key=(0, 0), crop_pad=2)); assert x.shape == (8, 3, 32, 32)",
-    "optimizers.py": "from optimizers import *; m = torch.nn.Linear(2, 2); "
-    "OPTIMIZERS['sgd'](parameter_groups(m, weight_decay=1), lr=1, momentum=0, nesterov=False).step()",
-    "losses.py": "from losses import *; x = torch.randn(4, 3, requires_grad=True); "
-    "parse('ce+0.5*cosine', 0.1)(x, torch.tensor([0, 1, 2, 0])).backward()",
-    "utils/ema.py": "from ema import *; m = torch.nn.Linear(2, 2); Average(m, 0.9).update(m)",
-    "early_stopping.py": "from early_stopping import *; assert best_row([dict(epoch=1, val_acc=1.)], 'val_acc')",
-    "utils/checkpoints.py": "import checkpoints; checkpoints.save({'a': 1}, 'a.pt'); "
-    "checkpoints.load('a.pt', keys={'a': int})",
-    "utils/finetune.py": "from finetune import *; m = torch.nn.Linear(2, 2); load_matching(m, m.state_dict()); "
-    "freeze(m, ['bias']); train_mode(m)",
-    "utils/report.py": "from report import *; m = confusion(torch.tensor([0, 1]), torch.tensor([0, 0]), 2); "
-    "assert m.tolist() == [[1, 0], [1, 0]]; draw_confusion(m, ['a', 'b'], 'a.png')",
-    "utils/devices.py": "import devices; devices.choose_precision('auto', devices.choose_device('auto'))",
-    "utils/run_folder.py": "import run_folder; a = run_folder.claim(None, 'runs/a'); "
-    "b = run_folder.claim(None, 'runs/a'); assert b[0].name == 'a-2'",
-    "utils/ranges.py": "import ranges; assert ranges.flag_name('batch_size') == '--batch-size'",
-    "utils/budget.py": "import budget, time; "
-    "assert 4 < budget.steps_within(0.2, lambda: time.sleep(0.001), 9, []) < 199",
-    "utils/distributed.py": "import distributed; assert distributed.count() == 1 and distributed.once(lambda: 3) == 3",
-    "plot.py": "import plot; r = dict(epoch=1, lr=1, train_loss=1, train_acc=0, val_loss=1, val_acc=0); "
-    "plot.draw({'a': [r, r | dict(epoch=2)]}, 'a.png')",
+PIECES = (
+    "mlp_mnist", "cnn_cifar10", "vit", "schedulers", "optimizers", "losses", "early_stopping", "data", "augment",
+    "plot", "utils/ema", "utils/checkpoints", "utils/finetune", "utils/distributed", "utils/devices", "utils/plateau",
+    "utils/report",
+)  # fmt: skip
+WITHOUT_TORCH = ("schedulers", "early_stopping", "plot", "utils/plateau")
+# Where the docstring has no example, or one that shows less than the file is for.
+MORE = {
+    "augment": "x, y = next(batches((images, labels), 8, mean, std, 'cpu', key=(0, 0), mixup=1, num_classes=10))\n"
+    "assert y.shape == (8, 10)",
+    "vit": "assert logits.shape == (8, 10)",
+    "cnn_cifar10": "assert logits.shape == (8, 10)",
+    "mlp_mnist": "assert logits.shape == (8, 10)",
+    "optimizers": "model(torch.randn(2, 2)).sum().backward()\noptimizer.step()",
+    "schedulers": "assert 0 < groups[0]['lr'] < 1e-4",
+    "early_stopping": "assert epoch == 4",
+    "utils/checkpoints": "assert content['epoch'] == 3",
+    "utils/ema": "assert ema.updates == 10",
+    "utils/distributed": "import distributed; assert distributed.world_size() == 1",
+    "utils/devices": "import devices; devices.choose_precision('auto', devices.choose_device('cpu'))",
+    "utils/plateau": "import plateau; assert plateau.trend([3, 2, 1], 0) == -1",
+    "plot": "import plot; row = dict(epoch=1, lr=1, train_loss=1, train_acc=0, val_loss=1, val_acc=0)\n"
+    "plot.draw({'a': [row, row | dict(epoch=2)]}, 'a.png')",
 }
-
-
-WITHOUT_TORCH = ("schedulers.py", "early_stopping.py", "utils/run_folder.py", "utils/ranges.py", "plot.py")
-
-
 FORK = """
 import os, sys, torch
-for file, code in {alone!r}.items():
+for name, code in {examples!r}.items():
     if not (child := os.fork()):
-        folder = os.path.abspath(os.path.basename(file).removesuffix(".py"))
-        os.chdir(folder)
-        sys.path.insert(0, folder)
-        exec(code, dict(torch=torch))
+        os.chdir(name.replace("/", "-"))
+        sys.path.insert(0, os.getcwd())
+        exec(code, dict())
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0, file
+    assert os.waitpid(child, 0)[1] == 0, name
 """
 
 
-def test_every_ground_floor_file_runs_alone(tmp_path):
+def example(name):
+    """The Python code that a file's docstring shows, and what is added to it here."""
+    docstring = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text()), clean=False) or ""
+    lines = [line[4:] for line in docstring.splitlines()[1:] if line.startswith("    ") or not line.strip()]
+    lines = [line for line in lines if not line.startswith(("python ", "torchrun ", "pytest "))]
+    return "\n".join(lines) + "\n" + MORE.get(name, "")
+
+
+def test_every_piece_runs_alone_as_its_docstring_shows(tmp_path):
     """Each in an interpreter that knows none of the others; those that need torch share its import."""
-    above = {"train.py", "test_smoke.py", "predict.py", "diagnose.py", "bench.py", "compare.py"}
-    above |= {"utils/__init__.py", "utils/arguments.py"}
-    files = {str(file.relative_to(HERE)) for pattern in ("*.py", "utils/*.py") for file in HERE.glob(pattern)}
-    assert set(ALONE) == files - above
-    for file in ALONE:
-        folder = tmp_path / Path(file).stem
+    examples = {name: example(name) for name in PIECES}
+    for name, code in examples.items():
+        assert code.strip(), name
+        folder = tmp_path / name.replace("/", "-")
         folder.mkdir()
-        shutil.copy(HERE / file, folder)
-    for file in WITHOUT_TORCH:
-        code = f"import sys; sys.path.insert(0, ''); sys.modules['torch'] = None; {ALONE[file]}"
-        done = python("-I", "-c", code, cwd=tmp_path / Path(file).stem)
-        assert (done.returncode, done.stderr) == (0, ""), (file, done.stderr)
-    with_torch = {file: code for file, code in ALONE.items() if file not in WITHOUT_TORCH}
-    done = python("-I", "-c", FORK.format(alone=with_torch), cwd=tmp_path)
+        shutil.copy(HERE / f"{name}.py", folder)
+    for name in WITHOUT_TORCH:
+        code = f"import sys; sys.path.insert(0, ''); sys.modules['torch'] = None\n{examples.pop(name)}"
+        done = python("-I", "-c", code, cwd=tmp_path / name.replace("/", "-"))
+        assert (done.returncode, done.stderr) == (0, ""), (name, done.stderr)
+    done = python("-I", "-c", FORK.format(examples=examples), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
-@pytest.mark.parametrize("file", ["mlp_mnist.py", "cnn_cifar10.py", "vit.py"])
-def test_model_files_describe_themselves(file, tmp_path, monkeypatch, capsys):
-    module = {"mlp_mnist.py": mlp_mnist, "cnn_cifar10.py": cnn_cifar10, "vit.py": vit}[file]
-    monkeypatch.setattr(sys, "argv", [file])
+def imports(path):
+    """The modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_go_down_only():
+    """Commands -> train.py -> utils/ -> pieces and models, which import nothing of the repo."""
+    commands = {"compare", "predict", "diagnose", "bench"}
+    root = {path.stem for path in HERE.glob("*.py")}
+    assert root == {name for name in PIECES if "/" not in name} | commands | {"train", "test_smoke"}
+    for name in PIECES:
+        found = {module.split(".")[0] for module in imports(HERE / f"{name}.py")}
+        assert not found & (root | {"utils"}), name
+    for path in HERE.glob("utils/*.py"):
+        found = {module.split(".")[0] for module in imports(path)}
+        assert not found & (commands | {"train"}), path
+    assert not {module.split(".")[0] for module in imports(HERE / "train.py")} & commands
+
+
+def test_the_budget_is_that_of_its_docstring(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r})\n{example('utils/budget')}\nassert 4 < steps < 600, steps"
+    done = python("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", [mlp_mnist, cnn_cifar10, vit])
+def test_model_files_describe_themselves(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module.__name__])
     module.main()
     said = capsys.readouterr().out
-    assert "parameters" in said and "images/s" in said and "-> (64, 10)" in said and "python train.py --model" in said
+    assert "parameters" in said and "an image" in said and "-> (1, 10)" in said and "python train.py --model" in said
+    assert len(inspect.getsource(module.main).splitlines()) <= 25
 
 
 def test_multiply_adds_are_right(monkeypatch, capsys):
@@ -99,21 +125,26 @@ def test_multiply_adds_are_right(monkeypatch, capsys):
 def test_bench_measures_each_way_of_training(tiny, monkeypatch):
     assert bench.main("--models mlp --data shapes --turns 1 --seconds 0.05 --out a.json".split()) == 0
     one = json.loads(Path("a.json").read_text())["mlp"]
-    *textbook, ours, fixed = one["images_per_second"].values()
-    assert one["b_over_a"] == pytest.approx(ours / max(textbook)) and one["b_over_c"] == pytest.approx(ours / fixed)
+    *baseline, ours, cached = one["images_per_second"].values()
+    assert one["b_over_a"] == pytest.approx(ours / max(baseline)) and one["b_over_c"] == pytest.approx(ours / cached)
     assert one["flops_an_image"] == 3 * 2 * (3 * 32 * 32 * 256 + 256 * 128 + 128 * 64 + 64 * 10)
-    assert min(textbook) > 0 and one["matrix_flops_per_second"] > 1e9 and one["peak_memory_mb"] > 50
+    assert min(baseline) > 0 and one["matrix_flops_per_second"] > 1e9 and one["peak_memory_mb"] > 50
     assert bench.main("--until 0.01 --data shapes --out b.json".split()) == 0
     times = json.loads(Path("b.json").read_text())["until"]
-    assert list(times) == ["textbook, 0 workers", "textbook, 2 workers", "train.py"]
+    assert list(times) == ["DataLoader, 0 workers", "DataLoader, 2 workers", "train.py"]
     assert {one["epochs"] for one in times.values()} == {1}
     # A machine that is ten times as fast in each next turn: the ratios are those of turns beside each other.
     turns = iter([10, 1, 30, 30, 100, 1, 200, 400, 1000, 1, 4000, 4000])
-    monkeypatch.setattr(bench, "rate", lambda *args: next(turns))
+    monkeypatch.setattr(bench, "speed", lambda *args: next(turns))
     assert bench.main("--models mlp --data shapes --turns 3 --out a.json".split()) == 0
     one = json.loads(Path("a.json").read_text())["mlp"]
     assert (one["b_over_a"], one["b_over_c"]) == (3, 1) and one["images_per_second"]["train.py"] == 200
-    for wrong in ("--turns 0", "--seconds nan", "--models resnet"):
-        with pytest.raises(SystemExit, match="2"):
-            bench.main(wrong.split())
-    assert bench.main(["--data", "nowhere"]) == 2
+    for wrong in (
+        "--turns 0",
+        "--seconds nan",
+        "--models resnet",
+        "--until -1",
+        "--out no/where.json",
+        "--data nowhere",
+    ):
+        assert bench.main(wrong.split()) == 2

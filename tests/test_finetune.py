@@ -128,7 +128,7 @@ def test_init_from_a_checkpoint(tiny, capsys):
 
 
 def test_safetensors(tiny, monkeypatch, capsys):
-    Path("timm.safetensors").write_bytes(b"")
+    Path("timm.safetensors").write_bytes(bytes(10**6))
     with monkeypatch.context() as patch:
         missing(patch, "safetensors")
         assert call(*TINY, "--model", "vit", "--init", "timm.safetensors") == 2

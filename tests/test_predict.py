@@ -28,9 +28,8 @@ import data as datasets
 import mlp_mnist
 import plot
 import predict
-import train
 import vit
-from utils import arguments, checkpoints, devices, report, run_folder
+from utils import checkpoints, devices, evaluation, models, report, run_folder
 
 DRAW = plot.draw  # which the fixture tiny replaces
 
@@ -41,11 +40,12 @@ def curve_rows(accuracies, lr=0.1):
 
 def fake_run(folder, accuracies, best_epoch=None, **args):
     folder.mkdir(parents=True)
-    names = {k: 0 for k in run_folder.COLUMNS}
-    run_folder.write_metrics([names | row for row in curve_rows(accuracies)], folder / "metrics.csv")
+    names = {k: 0 for k in checkpoints.COLUMNS}
+    with run_folder.open_folder(folder, folder) as opened:
+        opened.write_metrics([names | row for row in curve_rows(accuracies)])
     args = dict(model="mlp", data="a/long/path", opt="adamw", lr=0.1, out=str(folder), seed=0, flip=False) | args
     result = dict(data="pets", seed=args["seed"], best_epoch=best_epoch or len(accuracies), args=args)
-    run_folder.write_result(result, folder / "result.json")
+    (folder / "result.json").write_text(json.dumps(result))
     return folder
 
 
@@ -97,7 +97,7 @@ def test_curves_of_short_runs_and_without_validation(accuracies, tmp_path):
 def test_curves_are_drawn_on_the_way(tiny, monkeypatch):
     drawn = []
     monkeypatch.setattr(plot, "draw", lambda runs, path, best: drawn.append((len(runs["run"]), best["run"])))
-    monkeypatch.setattr(train, "DRAW_EVERY", 0)
+    monkeypatch.setattr(run_folder, "DRAW_EVERY", 0)
     scripted(monkeypatch, [0.1, 0.3, 0.2])
     assert call(*TINY_MLP, "--epochs", 3, "--out", "run") == 0
     assert drawn == [(1, 1), (2, 2), (3, 2), (3, 2)]
@@ -146,7 +146,7 @@ def trained(tiny):
     grey = [
         (images.float().mean(1, keepdim=True).byte()[:, :, :28, :28], y) for images, y in (shapes.train, shapes.test)
     ]
-    grey = datasets.Data("grey", [str(i) for i in range(10)], (0.13,), (0.31,), *grey)
+    grey = datasets.Dataset("grey", [str(i) for i in range(10)], (0.13,), (0.31,), *grey)
     make("mlp", mlp_mnist.MLP(hidden=(32,)), grey)
     make("cnn", cnn_cifar10.CNN(widths=(4, 8)), shapes)
     small = dict(image_size=32, patch_size=8, num_classes=10, dim=16, depth=2, heads=2, mlp_dim=16)
@@ -170,14 +170,14 @@ def test_predictions_of_saved_images_are_those_of_the_tensors(name, trained, tin
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     checkpoint = checkpoints.load(f"{name}.pt")
     device = torch.device("cpu")
-    model = arguments.rebuild(checkpoint).eval()
+    model = models.rebuild(checkpoint).eval()
     expected = predict.logits_of(model, data.test[0], checkpoint, device).softmax(1)
     assert [line["file"] for line in lines] == [f"images/{i:03}.png" for i in range(40)]
     assert [line["class"] for line in lines] == [data.classes[i] for i in expected.argmax(1)]
     assert [line["probability"] for line in lines] == pytest.approx(expected.amax(1).tolist(), abs=1e-6)
     assert all(sum(c["probability"] for c in line["top"]) == pytest.approx(1, abs=1e-4) for line in lines)
     right = sum(line["class"] == data.classes[y] for line, y in zip(lines, data.test[1], strict=True)) / 40
-    assert right == train.evaluate(model, data.test, data, device, devices.choose_precision("auto", device))[1]
+    assert right == evaluation.evaluate(model, data.test, data, device, devices.choose_precision("auto", device))[1]
 
 
 def test_predict_as_text_crops_inverts_and_hints(trained, tiny, capsys):
@@ -326,7 +326,7 @@ def test_attention_maps_and_rollout(pool):
     q, k, _ = model.blocks[0].attention.to_qkv(x).reshape(2, tokens, 3, 2, 16).permute(2, 0, 3, 1, 4)
     assert torch.allclose(maps[0], (q @ k.transpose(2, 3) / 4).softmax(-1), atol=1e-6)
 
-    flow = vit.rollout(maps)
+    flow = report.rollout(maps)
     assert flow.shape == (2, tokens, tokens)
     assert torch.allclose(flow.sum(-1), torch.ones(2, tokens), atol=1e-5)
     eye = torch.eye(tokens)
@@ -345,7 +345,7 @@ def test_attention_picture(pool, trained, tiny, capsys):
 def test_exported_program_equals_the_model(name, trained, tiny, capsys):
     assert predict.main([f"{name}.pt", "--export", "model.pt2"]) == 0
     assert "differs from the model by" in capsys.readouterr().out
-    model, program = arguments.rebuild(checkpoints.load(f"{name}.pt")).eval(), torch.export.load("model.pt2").module()
+    model, program = models.rebuild(checkpoints.load(f"{name}.pt")).eval(), torch.export.load("model.pt2").module()
     for count in (1, 3, 8):
         images = images_for(model, count)
         assert torch.allclose(program(images), model(images), atol=1e-5)
@@ -361,3 +361,17 @@ def test_a_wrong_export_is_not_kept(trained, tiny, monkeypatch, capsys):
     monkeypatch.setattr(torch.export, "load", lambda path: Other())
     assert predict.main(["cnn.pt", "--export", "model.pt2"]) == 1
     assert "differs from the model" in capsys.readouterr().err and not Path("model.pt2").exists()
+
+
+def test_a_spike_makes_the_loss_axis_logarithmic(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    scales = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (scales.append(self.axes[0].get_yscale()), save(self, *a, **k))
+    )
+    calm = curve_rows([0.1, 0.2, 0.3, 0.4])
+    plot.draw({"calm": calm}, tmp_path / "a.png")
+    plot.draw({"spike": [*calm[:2], calm[2] | dict(train_loss=5137.0), calm[3]]}, tmp_path / "b.png")
+    assert scales == ["linear", "log"]

@@ -12,7 +12,7 @@ from conftest import TINY_MLP, assert_same_run, call, halt, same, scripted, weig
 import data as datasets
 import mlp_mnist
 import train
-from utils import checkpoints
+from utils import checkpoints, evaluation
 
 
 def test_every_output_is_there_and_says_the_same(tiny, capsys):
@@ -43,7 +43,7 @@ def test_every_output_is_there_and_says_the_same(tiny, capsys):
     model = mlp_mnist.MLP(**checkpoint["model_args"])
     model.load_state_dict(checkpoint["state_dict"])
     data = datasets.shapes()
-    loss, acc = train.evaluate(model, data.test, data, torch.device("cpu"), result["amp"])
+    loss, acc = evaluation.evaluate(model, data.test, data, torch.device("cpu"), result["amp"])
     assert (loss, acc) == (result["test_loss"], result["test_acc"])
 
     assert call("--eval", out / "best.pt") == 0
@@ -166,8 +166,8 @@ def test_resume_refuses_another_run(tiny, capsys):
 def test_resume_refuses_other_images(tiny, monkeypatch, capsys):
     assert call(*TINY_MLP, "--out", "run") == 0
     more = datasets.shapes()
-    more.train = tuple(torch.cat((t, t)) for t in more.train)
+    more.train = datasets.Split(*(torch.cat((t, t)) for t in more.train))
     monkeypatch.setattr(datasets, "shapes", lambda: more)
     assert call("--resume", "run/last.pt", "--epochs", 2) == 2
     said = capsys.readouterr().err
-    assert "2 steps" in said and len(said.splitlines()) == 1
+    assert "not those that it was trained on" in said and len(said.splitlines()) == 1

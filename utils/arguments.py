@@ -1,69 +1,92 @@
-"""What a run is: the flags of train.py, their defaults, and what is refused.
+"""What a run is: the flags of train.py, their defaults, and which values are rejected.
 
-    args, given, checkpoint = parse(["--model", "vit", "--opt", "sgd"])
+    args, checkpoint = parse(["--model", "vit", "--opt", "sgd"])
 
 Each flag is declared once, beside the code that reads it: a model's in its file, a schedule's in schedulers.py, and so
-on; those of the run itself are here. To add a model, name its file and class in MODELS.
+on; those of the run itself are here.
 """
 
 import argparse
-import contextlib
+import math
+import shlex
 from pathlib import Path
 
-import torch
-
-import cnn_cifar10
-import data as datasets
+import augment
+import data
 import losses
-import mlp_mnist
 import optimizers
 import schedulers
-import vit
-from utils import checkpoints, devices, distributed, ranges
-from utils.ranges import flag_name
+from utils import checkpoints, distributed
+from utils.models import MODELS, read_init
 
-MODELS = {"mlp": (mlp_mnist, mlp_mnist.MLP), "cnn": (cnn_cifar10, cnn_cifar10.CNN), "vit": (vit, vit.ViT)}
-# A resumed run may be prolonged and moved. Anything else would make its figures those of no run at all.
 DATA_DIR = "data"
-MAY_CHANGE = {"resume", "epochs", "patience", "device", "compile", "out", "data_dir"}
-MAY_CHANGE |= {"log_interval", "save_every", "tensorboard"}
+# A resumed run may be prolonged and moved. Changing anything else would make the run irreproducible.
+MAY_CHANGE = {
+    "resume", "epochs", "patience", "device", "compile", "out", "data_dir", "log_interval", "save_every", "tensorboard",
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """Strict, with errors in one line, and with @FILE: several flags a line, # begins a comment."""
+
+    def __init__(self, program, **options):
+        super().__init__(
+            prog=program, usage=argparse.SUPPRESS, allow_abbrev=False, fromfile_prefix_chars="@", **options
+        )
+
+    def convert_arg_line_to_args(self, line):
+        return split_flags(line)
+
+
+def split_flags(text: str) -> list[str]:
+    """Flags as a shell splits them. Raises ValueError for a quotation mark without its pair."""
+    return shlex.split(text, comments=True)
+
+
+def flag_name(name: str) -> str:
+    """batch_size -> --batch-size"""
+    return "--" + name.replace("_", "-")
+
+
+def as_flags(message: str) -> str:
+    """'batch_size 0 must be ...' -> '--batch-size 0 must be ...', for messages of files that know no command line."""
+    name, space, rest = message.partition(" ")
+    known = {action.dest for model in MODELS for action in make_parser(model)._actions}
+    return f"{flag_name(name)}{space}{rest}" if name in known and rest else message
 
 
 def make_parser(model, program="train.py"):
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=f"Train an image classifier. The defaults in brackets are those of --model {model}.",
-        usage=argparse.SUPPRESS,  # an error is one line
-        allow_abbrev=False,
-    )
+    parser = Parser(program, description=f"Train an image classifier. In brackets the defaults of --model {model}.")
     flag = parser.add_argument_group("run").add_argument
     flag("--model", default="mlp", choices=MODELS, help="each has flags of its own: --model NAME --help (mlp)")
     flag("--epochs", type=float, metavar="N", help="length of the run, fractions allowed (%(default)s)")
     flag("--minutes", type=float, metavar="M", help="length of the run by the clock, in place of --epochs")
     flag("--batch-size", type=int, metavar="N", help="images per optimizer step (%(default)s)")
-    flag("--accum", type=int, default=1, metavar="N", help="pass a batch in N pieces, to save memory (%(default)s)")
+    flag("--accum", type=int, default=1, metavar="N", help="micro-batches per batch, to save memory (%(default)s)")
     flag("--seed", type=int, default=0, metavar="N", help="of weights, split, order and augmentation (%(default)s)")
     flag("--runs", type=int, default=1, metavar="N", help="repeat with the next seeds, report mean and deviation (1)")
-    flag("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is there")
+    flag("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is available")
     flag("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision: auto is bf16 where native")
     compiling = "torch.compile the model: slower to start, often faster then (%(default)s)"
     flag("--compile", action=argparse.BooleanOptionalAction, default=False, help=compiling)
     flag("--out", metavar="DIR", help="output folder (runs/<model>-<data>-<opt>-<sched>)")
-    flag("--log-interval", type=int, default=0, metavar="N", help="report every N steps too (0: every epoch)")
+    flag("--log-interval", type=int, default=0, metavar="N", help="log every N steps too (0: every epoch)")
     flag("--save-every", type=int, default=0, metavar="N", help="write last.pt every N steps too (0: every epoch)")
     flag("--tensorboard", action="store_true", help="write TensorBoard events too")
     flag("--resume", metavar="FILE", help="go on with the run that wrote this last.pt")
+    flag("--no-test", action="store_true", help="leave the test set closed")
     flag("--eval", metavar="FILE", help="print the test accuracy of this checkpoint and nothing else")
     flag("--init", metavar="FILE", help="start from the weights of a checkpoint, or from those of a vit_* of timm")
     flag("--freeze", action="append", default=[], metavar="PREFIX", help="don't train these weights; repeatable")
 
     group = parser.add_argument_group("data")
-    datasets.add_args(group)
+    data.add_args(group)
     flag = group.add_argument
-    flag("--mixup-off-epoch", type=int, default=0, metavar="N", help="stop mixing after N epochs; 0: never (0)")
     flag("--val-split", type=float, default=0.1, metavar="X", help="held out: fraction or count (%(default)s)")
     flag("--limit", type=int, metavar="N", help="train on N images only")
-    flag("--tta", action="store_true", help="validate and test with the mean over shifted (and mirrored) views")
+    augment.add_args(group)
+    flag("--mixup-off-epoch", type=int, default=0, metavar="N", help="stop mixing after N epochs; 0: never (0)")
+    flag("--tta", action="store_true", help="validate and test with test-time augmentation: shifted, mirrored copies")
 
     group = parser.add_argument_group("loss and stopping")
     losses.add_args(group)
@@ -73,183 +96,247 @@ def make_parser(model, program="train.py"):
     flag("--min-delta", type=float, default=0.0, metavar="X", help="by how much a best must be better (%(default)s)")
 
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--opt", choices=optimizers.OPTIMIZERS, help="(%(default)s)")
-    group.add_argument("--clip-grad", type=float, metavar="X", help="largest norm of the gradient (%(default)s)")
-    group.add_argument(
-        "--ema", type=float, default=0.0, metavar="D", help="judge averaged weights, as of 0.999; 0: off"
-    )
+    flag = group.add_argument
+    flag("--opt", choices=optimizers.OPTIMIZERS, help="(%(default)s)")
+    flag("--clip-grad", type=float, metavar="X", help="largest norm of the gradient (%(default)s)")
+    flag("--ema", type=float, default=0.0, metavar="D", help="keep averaged weights, decay as of 0.999; 0: off")
     optimizers.add_args(group)
     group = parser.add_argument_group("schedule")
     group.add_argument("--sched", choices=schedulers.SCHEDULES, help="(%(default)s)")
     schedulers.add_args(group)
-    MODELS[model][0].add_args(parser.add_argument_group(f"--model {model}"))
+    watched = "plateau: what has to improve (as --monitor)"
+    group.add_argument("--sched-monitor", choices=["val_acc", "val_loss"], help=watched)
+    MODELS[model].add_args(parser.add_argument_group(f"--model {model}"))
     return parser
 
 
 def parse(argv=None, program="train.py"):
     """The arguments of a run: what the user gave, else the model's RECIPE, else the optimizer's and common defaults.
 
-    Returns them, as a dict those that the user gave, and the checkpoint to go on from or None. Raises ValueError for
-    what can be seen to be wrong in them.
+    Returns them, with the set of those that the user gave as `given`, and the checkpoint to go on from, or None. Raises
+    ValueError for what can be seen to be wrong in them.
     """
-    first = argparse.ArgumentParser(prog=program, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    first = Parser(program, add_help=False)
     for name in ("--model", "--resume", "--out", "--init"):
         first.add_argument(name)
     chosen = first.parse_known_args(argv)[0]
     if distributed.restarted() and chosen.out and not chosen.resume:
         last = Path(chosen.out) / "last.pt"  # torchrun has started the run anew after a failure
-        chosen.resume = str(last) if distributed.once(last.exists) else None
+        chosen.resume = str(last) if distributed.on_main(last.exists) else None
     checkpoint = None
     if chosen.resume:
-        checkpoint = distributed.once(lambda: checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS))
-    with blame(chosen.resume):
-        return *_parse(argv, program, chosen, checkpoint), checkpoint
+        checkpoint = distributed.on_main(lambda: checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS))
+    with checkpoints.blamed(chosen.resume):
+        args = _parse(argv, program, chosen, checkpoint["args"] if checkpoint else None)
+    return args, checkpoint
 
 
-def _parse(argv, program, chosen, checkpoint):
-    """What parse() gives, save the checkpoint, which it has loaded."""
-    resumed = checkpoint["args"] if checkpoint else {}
-    model = resumed.get("model", chosen.model)
-    model = model if model in MODELS else "mlp"  # the parser refuses what isn't
-
-    parser, recipe = make_parser(model, program), MODELS[model][0].RECIPE
+def _parse(argv, program, chosen, resumed):
+    """What parse() returns, for the pre-parsed arguments and those of the run to go on with, or None."""
+    model = chosen.model if resumed is None else resumed.get("model")
+    if model not in MODELS:
+        model = "mlp"  # the parser rejects what isn't there
+    parser, recipe = make_parser(model, program), MODELS[model].RECIPE
     defaults = vars(parser.parse_args([]))
     parser.set_defaults(**recipe)  # so that --help shows them
     unset = []  # an action that appends starts with a copy of it
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
+    for name, value in given.items():
+        if value == "":
+            raise ValueError(f'{flag_name(name)} "" is empty: give a value, or leave it out')
 
-    if checkpoint:
-        refuse_another_run(resumed, given, defaults)
-        # What is started and where it writes is never a checkpoint's to say.
-        ours = dict(out=None, runs=1, eval=None, resume=chosen.resume)
-        args = argparse.Namespace(**resumed | ours | given | dict(resume=chosen.resume))
-        args.minutes = None if "epochs" in given else args.minutes
+    if resumed is not None:
+        reject_another_run(resumed, given, defaults)
+        # What is started and where it writes is never a checkpoint's to decide.
+        ours = {"out": None, "runs": 1, "eval": None}
+        args = argparse.Namespace(**resumed | ours | given | {"resume": chosen.resume})
+        if "epochs" in given:
+            args.minutes = None
     else:
-        if chosen.init:
-            keywords = read_init(chosen.init, model)["model_args"]
-            recipe = recipe | {name: value for name, value in keywords.items() if name in defaults}
-        opt = given.get("opt", recipe["opt"])
-        if opt != recipe["opt"]:  # the recipe's rate, decay, momentum ... were chosen for its own optimizer
-            recipe = {k: v for k, v in recipe.items() if k not in optimizers.options_of(recipe["opt"])}
-        args = argparse.Namespace(**defaults | optimizers.DEFAULTS[opt] | recipe | given)
-        if opt == "rprop":  # it finds the size of its steps itself: a rate that changes does nothing
-            args.sched, args.warmup_epochs = given.get("sched", "none"), given.get("warmup_epochs", 0.0)
-        if opt == "lbfgs" and args.amp == "auto":  # its line search needs the digits
-            args.amp = "off"
-        shorten_warmup(args, given)
+        args = _with_defaults(chosen, model, defaults, recipe, given)
+    args.given = frozenset(given)
     if not args.eval:
-        check(args, given)
-    return args, given
+        check(args)
+    return args
 
 
-@contextlib.contextmanager
-def blame(path):
-    """What goes wrong in this context is the fault of a checkpoint's content, if one is named: raises ValueError."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        if path is None or devices.is_out_of_memory(error):
-            raise
-        raise ValueError(f"{path} holds what no run leaves there: {type(error).__name__}: {error}") from None
+def _with_defaults(chosen, model, defaults, recipe, given):
+    """The arguments of a new run."""
+    if chosen.init:
+        model_args = read_init(chosen.init, model)["model_args"]
+        recipe = recipe | {name: value for name, value in model_args.items() if name in defaults}
+    opt = given.get("opt", recipe["opt"])
+    if opt != recipe["opt"]:  # the recipe's lr, decay, momentum ... were chosen for its own optimizer
+        own = optimizers.options_of(recipe["opt"])
+        recipe = {name: value for name, value in recipe.items() if name not in own}
+    args = argparse.Namespace(**defaults | optimizers.DEFAULTS[opt] | recipe | given)
+    if opt == "rprop":  # it finds the size of its steps itself: a learning rate that changes does nothing
+        args.sched = given.get("sched", "none")
+        args.warmup_epochs = given.get("warmup_epochs", 0.0)
+    if opt == "lbfgs" and args.amp == "auto":  # its line search needs the digits
+        args.amp = "off"
+    args.warmup_epochs = warmup_within(args, given, args.epochs)
+    return args
 
 
-def shorten_warmup(args, given):
+def warmup_within(args, given, epochs):
     """A recipe's warm-up takes at most a fifth of the run."""
-    if "warmup_epochs" not in given:
-        args.warmup_epochs = min(args.warmup_epochs, args.epochs / 5)
+    return args.warmup_epochs if "warmup_epochs" in given else min(args.warmup_epochs, epochs / 5)
 
 
-def refuse_another_run(resumed, given, defaults):
+def changed(args, **values):
+    """A copy of arguments with other values."""
+    return argparse.Namespace(**vars(args) | values)
+
+
+def plain(args) -> dict:
+    """Arguments as a checkpoint and result.json hold them."""
+    return {name: value for name, value in vars(args).items() if name != "given"}
+
+
+def reject_another_run(resumed, given, defaults):
     if resumed.keys() != defaults.keys():
         odd = ", ".join(sorted(resumed.keys() ^ defaults.keys()))
         raise ValueError(f"--resume holds a run of another version of train.py: they differ in {odd}")
     for name, default in defaults.items():
-        kinds = (type(default), type(resumed[name]))
-        if default is not None and len({*kinds}) > 1 and kinds != (float, int):
-            raise ValueError(
-                f"--resume holds {flag_name(name)} {resumed[name]!r}, which is no {type(default).__name__}"
-            )
+        value = resumed[name]
+        as_float = isinstance(default, float) and type(value) is int
+        if default is not None and type(value) is not type(default) and not as_float:
+            raise ValueError(f"--resume holds {flag_name(name)} {value!r}, which is no {type(default).__name__}")
     for name in given.keys() - MAY_CHANGE:
         if given[name] != resumed[name]:
             was = f"the one in --resume has {resumed[name]}"
             raise ValueError(f"{flag_name(name)} {given[name]} would make it another run: {was}")
 
 
-def check(args, given):
-    """Refuse values out of range, flags that would do nothing, and what doesn't go together."""
-    ranges.check(args)
+# ---------------------------------------------------------------------------------------------- what is rejected
+
+
+def at_least(least):
+    return f">= {least} and below 2^53", lambda x: least <= x < 2**53
+
+
+ABOVE_0 = "a finite number above 0", lambda x: 0 < x < math.inf
+FROM_0 = "a finite number >= 0", lambda x: 0 <= x < math.inf
+BELOW_1 = ">= 0 and < 1", lambda x: 0 <= x < 1
+FLOAT32 = "above 1e-38 and below 1e38", lambda x: 1e-38 < x < 1e38  # what single precision can hold
+RANGES = {
+    "epochs": ("above 0 and at most 1e9", lambda x: 0 < x <= 1e9),
+    "minutes": ("above 0 and at most 1e6", lambda x: 0 < x <= 1e6),
+    "batch_size": ("from 1 to 1,000,000", lambda x: 1 <= x <= 1_000_000),
+    "seed": (">= 0 and < 2^63", lambda x: 0 <= x < 2**63),
+    "runs": at_least(1),
+    "log_interval": at_least(0),
+    "save_every": at_least(0),
+    "img_size": ("from 1 to 1024", lambda x: 1 <= x <= 1024),
+    "val_split": ("0, a fraction below 1 or a count", lambda x: 0 <= x < math.inf and (x < 1 or x == int(x))),
+    "limit": at_least(1),
+    "crop_pad": at_least(0),
+    "reprob": (">= 0 and <= 1", lambda x: 0 <= x <= 1),
+    "mixup": FROM_0,
+    "cutmix": FROM_0,
+    "mixup_off_epoch": at_least(0),
+    "smoothing": BELOW_1,
+    "distill": FLOAT32,
+    "temperature": ("from 0.01 to 100", lambda x: 0.01 <= x <= 100),
+    "ema": BELOW_1,
+    "patience": at_least(0),
+    "min_delta": FROM_0,
+    "lr": FLOAT32,
+    "weight_decay": (">= 0 and below 1e38", lambda x: 0 <= x < 1e38),
+    "layer_decay": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "momentum": BELOW_1,
+    "opt_betas": ("two numbers >= 0 and < 1", lambda x: all(0 <= b < 1 for b in x)),
+    "clip_grad": ("above 0", lambda x: x > 0),
+}
+
+
+def check_ranges(args):
+    """Raise ValueError for the first value out of its range. None, where a flag may be left out, is in every range."""
+    for name, (rule, holds) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{flag_name(name)} {value} must be {rule}")
+    if not 1 <= args.accum <= args.batch_size:
+        raise ValueError(f"--accum {args.accum} must be >= 1 and <= --batch-size {args.batch_size}")
+
+
+def reject_idle(args, names, because):
+    """Raise ValueError if one of the names is among the flags that the user gave."""
+    for name in sorted(args.given & set(names)):
+        raise ValueError(f"{flag_name(name)} has no effect {because}: leave it out")
+
+
+def check(args):
+    """Reject values out of range, flags that would do nothing, and what doesn't go together."""
+    check_ranges(args)
     for choice, known, options_of in (
         ("opt", optimizers.OPTIMIZERS, optimizers.options_of),
         ("sched", schedulers.SCHEDULES, schedulers.options_of),
     ):
         chosen = getattr(args, choice)
-        others = set().union(*map(options_of, known)) - options_of(chosen)
-        ranges.refuse_idle(given, others, f"with --{choice} {chosen}")
+        others = set().union(*(options_of(name) for name in known)) - options_of(chosen)
+        reject_idle(args, others, f"with --{choice} {chosen}")
     if not args.teacher:
-        ranges.refuse_idle(given, {"distill", "temperature"}, "without --teacher")
+        reject_idle(args, {"distill", "temperature"}, "without --teacher")
     if not args.mixup and not args.cutmix:
-        ranges.refuse_idle(given, {"mixup_off_epoch"}, "without --mixup or --cutmix")
+        reject_idle(args, {"mixup_off_epoch"}, "without --mixup or --cutmix")
     if args.val_split == 0:
-        ranges.refuse_idle(given, {"patience", "monitor", "min_delta"}, "with --val-split 0: nothing is monitored")
+        reject_idle(args, {"patience", "monitor", "min_delta"}, "with --val-split 0: nothing is monitored")
+    if not Path(args.data).is_dir():
+        reject_idle(args, {"img_size"}, f"with --data {args.data}: it's for folders of images")
     if args.resume and not distributed.restarted():
-        ranges.refuse_idle(given, {"minutes", "runs"}, "with --resume")
-    if "epochs" in given and "minutes" in given:
+        reject_idle(args, {"minutes", "runs"}, "with --resume")
+    if {"epochs", "minutes"} <= args.given:
         raise ValueError(f"--minutes {args.minutes} and --epochs {args.epochs} are two lengths: leave one out")
     if args.minutes and args.compile and not args.resume:
         raise ValueError(f"--minutes {args.minutes} can't foresee how long --compile takes: give --epochs")
-    if distributed.count() > 1:
-        ranges.refuse_idle(given, {"runs", "minutes"}, f"in {distributed.count()} processes")
+    if distributed.world_size() > 1:
+        reject_idle(args, {"runs", "minutes"}, f"in {distributed.world_size()} processes")
     losses.parse(args.loss)
     if args.nesterov and args.momentum == 0:
         raise ValueError("--nesterov needs a --momentum above 0")
     if args.opt == "lbfgs" and args.amp == "fp16":
         raise ValueError("--opt lbfgs can't scale its gradients, as --amp fp16 must: use --amp off")
-    if args.opt == "lbfgs" and distributed.count() > 1:
-        raise ValueError(f"--opt lbfgs can't search along a line in {distributed.count()} processes: start one")
+    if args.opt == "lbfgs" and distributed.world_size() > 1:
+        count = distributed.world_size()
+        raise ValueError(f"--opt lbfgs can't search along a line in {count} processes: start one")
     if args.sched == "plateau" and args.val_split == 0:
         raise ValueError("--sched plateau needs a validation set: --val-split must be above 0")
     if args.sched == "plateau" and 0 < args.patience <= args.patience_epochs:
         raise ValueError(
             f"--patience {args.patience} must be larger than --patience-epochs {args.patience_epochs}: "
-            "else the run stops before the rate can drop"
+            "else the run stops before the learning rate can drop"
         )
+    if args.sched != "plateau":
+        reject_idle(args, {"sched_monitor"}, f"with --sched {args.sched}")
     if not args.minutes or args.resume:
-        make_schedule(args)  # raises too
+        check_lengths(args)
+
+
+def check_lengths(args):
+    """Reject lengths that can't take effect within the run."""
+    schedule = make_schedule(args)  # raises too
+    length = args.epochs - args.warmup_epochs
+    beyond = {
+        "step_size": args.step_size >= length,
+        "milestones": args.milestones is not None and max(args.milestones) >= length,
+        "t_max": args.sched == "cosine" and (args.t_max or 0) > length and schedule(args.epochs) > 0.999,
+        "patience_epochs": args.patience_epochs >= length - 1,
+        "patience": args.patience >= args.epochs,
+    }
+    for name, idle in beyond.items():
+        if idle and name in args.given and not args.resume:
+            text = (
+                ",".join(f"{x:g}" for x in getattr(args, name)) if name == "milestones" else f"{getattr(args, name):g}"
+            )
+            after = f", {args.warmup_epochs:g} of them warm-up" if args.warmup_epochs else ""
+            raise ValueError(f"{flag_name(name)} {text} can't take effect in {args.epochs:g} epochs{after}: lower it")
 
 
 def make_schedule(args):
+    """schedulers.schedule with the arguments of a run."""
     options = {name: getattr(args, name) for name in schedulers.schedule.__kwdefaults__ if name != "mode"}
-    mode = "min" if args.monitor == "val_loss" else "max"
+    mode = "min" if (args.sched_monitor or args.monitor) == "val_loss" else "max"
     return schedulers.schedule(args.sched, lr=args.lr, epochs=args.epochs, mode=mode, **options)
-
-
-def read_init(path, model):
-    """What --init starts from, with keys model_args, state_dict and classes: a checkpoint, or a vit_* of timm."""
-    content = checkpoints.load(path, keys={})
-    if content.keys() >= checkpoints.KEYS.keys():
-        content = checkpoints.load(path)  # all of it is looked at
-        if content["model"] != model:
-            raise ValueError(f"--init {path} holds a {content['model']}, not a {model}: use --model {content['model']}")
-        return content
-    if model != "vit":
-        raise ValueError(f"--init {path} is not a checkpoint of train.py; weights of timm need --model vit")
-    try:
-        keywords, state = vit.from_timm(content)
-    except ValueError as error:
-        raise ValueError(f"--init {path} is not a checkpoint of train.py, and {error}") from None
-    return dict(model_args=keywords, state_dict=state, classes=None)
-
-
-def rebuild(checkpoint):
-    """The trained model of a checkpoint, on the CPU. Raises ValueError if it can't be."""
-    if checkpoint["model"] not in MODELS:
-        raise ValueError(f"the checkpoint's model {checkpoint['model']!r} is not known; known are {', '.join(MODELS)}")
-    try:
-        with torch.device("meta"):  # takes no memory, however large the sizes that the file claims
-            model = MODELS[checkpoint["model"]][1](**checkpoint["model_args"])
-        model.load_state_dict(checkpoint["state_dict"], assign=True)
-    except (TypeError, RuntimeError, ValueError) as error:
-        why = str(error)[:200]
-        raise ValueError(f"the checkpoint's weights don't fit its model {checkpoint['model']}: {why}") from None
-    return model

@@ -1,21 +1,71 @@
-"""How many steps of training fit into a given time?
+"""How many steps of training fit into a given time? Measured before the run, on a copy of it.
 
-    steps = steps_within(60.0, step, 100, others=[(lambda: validate(some), 10.0)])
+    import time
+    from utils.budget import steps_within
 
-Copied alone, this file needs torch and nothing else.
+    steps = steps_within(0.5, lambda: time.sleep(0.001), 100, others=[(lambda: time.sleep(0.01), 2.0)])
+
+These are steps of a millisecond and, after each 100 of them, 20 milliseconds of something else.
 """
 
+import dataclasses
+import itertools
 import math
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from utils import arguments, checkpoints, devices
 
-def steps_within(seconds, step, per_epoch, others):
-    """The number of steps that fit into this time, the measuring itself included, as a whole number of at least 1.
+SOME = 2000  # images on which validation is timed
 
-    `step` takes a step, on copies that may be thrown away; an epoch has `per_epoch` of them. `others` are done once an
-    epoch, as (function, factor): a function that does a part of it, and how many times longer the whole takes.
+
+def within_minutes(run, trial, training_batches, train_step, score):
+    """The same run, as long as --minutes allows. The arguments after `run` are those of epochs_within."""
+    epochs = epochs_within(trial, training_batches, train_step, score)
+    warmup = arguments.warmup_within(run.args, run.args.given, epochs)
+    args = arguments.changed(run.args, epochs=epochs, warmup_epochs=warmup)
+    return dataclasses.replace(run, args=args, schedule=arguments.make_schedule(args))
+
+
+def epochs_within(trial, training_batches, train_step, score) -> float:
+    """How many epochs, in whole steps, fit into --minutes, validation and saving included.
+
+    `trial` is a copy of the run, to be thrown away; the others are the functions of the loop.
+    """
+    rng = devices.rng_state(trial.device)
+    per_epoch = trial.steps_per_epoch
+    epochs = (training_batches(trial, epoch * per_epoch, (epoch + 1) * per_epoch) for epoch in itertools.count())
+    batches = itertools.chain.from_iterable(epochs)
+
+    def step():
+        trial.model.train()
+        train_step(trial, *next(batches), seed=0)
+
+    def save():  # a file about as large as last.pt and best.pt
+        with tempfile.TemporaryDirectory() as folder:
+            weights = trial.model.state_dict()
+            content = {"model": weights, "optimizer": trial.optimizer.state_dict(), "best": weights}
+            checkpoints.save(content, Path(folder) / "trial.pt")
+
+    others = [(save, 1.0)]
+    count = len(trial.val.labels)
+    if count:
+        some = type(trial.val)(trial.val.images[:SOME], trial.val.labels[:SOME])
+        others.append((lambda: score(trial, some), count / len(some.labels)))
+    steps = steps_within(60 * trial.args.minutes, step, per_epoch, others)
+    devices.restore_rng(rng, trial.device)
+    return steps / per_epoch
+
+
+def steps_within(seconds: float, step: Callable, per_epoch: int, others: list[tuple[Callable, float]]) -> int:
+    """The number of steps that fit into this time, the measuring itself included, at least 1.
+
+    `step` takes a step; an epoch has `per_epoch` of them. `others` are (function, scale) pairs of work done once an
+    epoch, which is timed and multiplied by scale.
     """
     began = time.perf_counter()
     for _ in range(3):  # compilation and the device's own warm-up apart
@@ -23,18 +73,22 @@ def steps_within(seconds, step, per_epoch, others):
     count, taken = 0, 0.0
     while count < per_epoch and taken < 0.03 * seconds:
         count = min(per_epoch, max(4, 2 * count))
-        taken = _seconds(lambda count=count: [step() for _ in range(count)])
+        start = now()
+        for _ in range(count):
+            step()
+        taken = now() - start
     an_epoch = taken / count * per_epoch
-    for function, factor in others:
+    for function, scale in others:
         function()
-        an_epoch += _seconds(function) * factor
+        start = now()
+        function()
+        an_epoch += (now() - start) * scale
     left = seconds - (time.perf_counter() - began)
     return max(1, math.floor(left / an_epoch * per_epoch))
 
 
-def _seconds(function):
-    start = time.perf_counter()
-    function()
-    if torch.accelerator.is_available():
+def now() -> float:
+    """The time at which the device has done all that it was told."""
+    if torch.cuda.is_initialized() or torch.mps.is_available():
         torch.accelerator.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()

@@ -1,39 +1,82 @@
-"""Save and load checkpoints: whole or not at all, and never running code from the file.
+"""Save and load checkpoints: whole or not at all, and without running code from the file. Needs torch alone.
 
-    save(dict(state_dict=model.state_dict(), epoch=3), "best.pt")
-    content = load("best.pt")
+    import torch
+    import checkpoints                                          # in this repo: from utils import checkpoints
 
-A checkpoint is a dict of tensors and plain Python values. Copied alone, this file needs torch and nothing else.
+    model = torch.nn.Linear(2, 2)
+    checkpoints.save({"state_dict": model.state_dict(), "epoch": 3}, "best.pt")
+    content = checkpoints.load("best.pt", keys={"state_dict": dict, "epoch": int})
+
+A checkpoint is a dict of tensors and plain Python values. Loading one from a stranger may fail with a ValueError, and
+nothing else: it runs no code, takes no more memory than the file is long, and decides nothing but what it holds.
 """
 
 import contextlib
 import copy
 import io
-import json
+import math
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
 
 # What every checkpoint of train.py holds. With model and model_args the model can be built again.
-KEYS = dict(model=str, model_args=dict, state_dict=dict, classes=list, image_size=int, channels=int)
-KEYS |= dict(mean=tuple, std=tuple, epoch=int, metrics=dict, args=dict)
-PLAIN = ("model_args", "classes", "mean", "std", "metrics", "args")  # hold names, numbers and lists of them
-# last.pt has these too.
-RESUME_KEYS = KEYS | dict(
-    step=int, history=list, seconds=float, seen=torch.Tensor, optimizer=dict, scaler=dict, ema=dict, rng=list
-)
+KEYS = {
+    "model": str,
+    "model_args": dict,
+    "state_dict": dict,
+    "classes": list,
+    "image_size": int,
+    "channels": int,
+    "mean": tuple,
+    "std": tuple,
+    "epoch": int,
+    "metrics": dict,
+    "args": dict,
+}
+# last.pt has these too: how far the run has come, and every state that an exact resume needs.
+RESUME_KEYS = KEYS | {
+    "step": int,
+    "history": list,
+    "seconds": float,
+    "totals": torch.Tensor,
+    "optimizer": dict,
+    "scaler": dict,
+    "ema": dict,
+    "rng": list,
+    "images": int,
+}
+COLUMNS = "epoch step lr train_loss train_acc val_loss val_acc seconds images_per_second".split()  # of a history's row
+PLAIN = {"model_args", "classes", "mean", "std", "metrics", "args", "history", "scaler"}  # hold no tensors
+DTYPES = {
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+}
+SCALARS = ("step", "mu_product")  # in an optimizer's state of a parameter; all else in it has the parameter's shape
+MOST_VALUES, DEEPEST = 1_000_000, 8  # a history has nine values an epoch
 
 
-def save(content, path):
+def save(content: dict, path):
     """Write a checkpoint so that `path` always holds a whole one, the old or the new. Raises OSError."""
     buffer = io.BytesIO()  # torch's own writer would hide the reason when the disk is full
     torch.save(content, buffer)
+    write(buffer.getbuffer(), path)
+
+
+def write(content: bytes, path):
+    """Write a file so that `path` always holds a whole one, the old or the new. Raises OSError."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -43,55 +86,241 @@ def save(content, path):
         raise
     if os.name == "posix":  # the new name too must survive a power failure
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
-def load(path, *, keys=KEYS):
-    """Read a checkpoint onto the CPU; no code in the file is run. Raises ValueError for whatever isn't one.
+def load(path, *, keys: dict = KEYS) -> dict:
+    """Read a checkpoint onto the CPU. Raises ValueError for whatever isn't one.
 
-    Its weights have to be finite, and no more memory is taken than the file is long. With keys={} it may be any dict,
-    such as a bare state dict; then FILE.safetensors is read too.
+    With keys={} it may be any dict of tensors, such as a bare state dict; then FILE.safetensors is read too.
     """
+    if not os.path.exists(path):
+        raise ValueError(f"{path} doesn't exist: expected a checkpoint such as runs/.../best.pt")
+    if not os.path.isfile(path):  # reading a pipe or a device would wait for ever
+        raise ValueError(f"{path} is no file: expected a checkpoint such as runs/.../best.pt")
+    size = os.path.getsize(path)
     try:
         if Path(path).suffix == ".safetensors" and not keys:
             from safetensors.torch import load_file
 
-            return load_file(path)
-        with zipfile.ZipFile(path) as file:
-            if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
-                raise ValueError("it would unpack to more than its own size")
-            if damaged := file.testzip():
-                raise ValueError(f"the checksum of {damaged} in it is wrong")
-        # A tensor that is larger than what the file holds of it can't grow in mapped memory: torch refuses it.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = load_file(path)
+        else:
+            with zipfile.ZipFile(path) as file:
+                if sum(entry.file_size for entry in file.infolist()) > size:
+                    raise ValueError("it would unpack to more than its own size")
+                if damaged := file.testzip():
+                    raise ValueError(f"the checksum of {damaged} in it is wrong")
+            # A tensor that is larger than what the file holds of it can't grow in mapped memory: torch rejects it.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except ImportError:
         raise ValueError(f"{path} can't be read without safetensors: pip install safetensors") from None
-    except FileNotFoundError:
-        raise ValueError(f"{path} doesn't exist: expected a checkpoint such as runs/.../best.pt") from None
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__}: {reason})") from None
-    content = copy.deepcopy(content)  # out of the mapped file, which may be replaced now
-    wrong = [name for name, type in keys.items() if not isinstance(content, dict) or type is not _type(content, name)]
-    if wrong or not isinstance(content, dict):
-        wanted = f"it has no valid {', '.join(wrong)}" if wrong else "it holds no names"
+    validate(path, content, keys, size)
+    return copy.deepcopy(content)  # out of the mapped file, which may be replaced now
+
+
+def validate(path, content, keys: dict, size: int):
+    """Raise ValueError for what no run leaves in a checkpoint of `size` bytes: all distrust of a file is here.
+
+    What fits the model and the optimizer at hand, load_state_dict and optimizer_state tell.
+    """
+    wrong = [name for name in keys if not isinstance(content, dict) or not isinstance(content.get(name), keys[name])]
+    if wrong:
+        wanted = f"it has no valid {', '.join(wrong)}"
         if keys == RESUME_KEYS and not KEYS.keys() & set(wrong):
             wanted = "only a run's last.pt can be resumed"
         raise ValueError(f"{path} is not a checkpoint of this train.py: {wanted}")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a checkpoint of this train.py: it holds no names")
+
+    def damaged(what):
+        return ValueError(f"{path} is damaged: {what}")
+
     try:
-        json.dumps([content[name] for name in PLAIN if name in keys])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    state = content.get("state_dict")
-    for name, tensor in state.items() if isinstance(state, dict) else ():
-        if not isinstance(tensor, torch.Tensor) or tensor.nbytes > os.path.getsize(path):
-            raise ValueError(f"{path} is damaged: {name} in it is no tensor that the file could hold")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path} is damaged: {name} in it holds values that are not finite numbers")
-    return content
+        _walk(content, size)
+        for name in PLAIN & keys.keys():
+            _walk(content[name], size, tensors=False)
+    except ValueError as error:
+        raise damaged(error) from None
+    state_dicts = [("state_dict", content.get("state_dict")) if "state_dict" in keys else ("", content)]
+    if keys == RESUME_KEYS and content["ema"]:
+        state_dicts.append(("ema", content["ema"].get("trained")))
+    for where, state in state_dicts:
+        if not isinstance(state, dict):
+            raise damaged(f"its {where} is no dict of tensors")
+        for name, tensor in state.items():
+            if not keys and not isinstance(tensor, torch.Tensor):
+                continue  # timm's weights may lie beside other things, which nobody reads
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                raise damaged(f"{name!r} in it is no tensor")
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise damaged(f"{name} in it holds values that are not finite numbers")
+    if KEYS.keys() <= keys.keys():
+        _validate_description(content, damaged)
+    if keys == RESUME_KEYS:
+        _validate_progress(content, damaged)
 
 
-def _type(content, name):
-    value = content.get(name)
-    return dict if isinstance(value, dict) else type(value)
+def _walk(content, size, tensors=True):
+    """Raise ValueError unless a nested value has plain types, a bounded size, and tensors as they are saved."""
+    seen, stack = 0, [(content, 0, "it")]
+    while stack:
+        value, depth, name = stack.pop()
+        seen += 1
+        if seen > MOST_VALUES or depth > DEEPEST:
+            raise ValueError(f"{name} holds more values than any run leaves there")
+        if isinstance(value, torch.Tensor) and tensors:
+            plain = value.layout == torch.strided and not value.is_quantized and value.dtype in DTYPES
+            if not plain or value.device.type != "cpu":
+                raise ValueError(f"{name} is no plain tensor")
+            dense = value.is_contiguous() or (
+                value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+            )
+            if not dense or value.nbytes > size:
+                raise ValueError(f"{name} is no tensor that the file could hold")
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                if not isinstance(key, (str, int)) or len(str(key)) > 1000:
+                    raise ValueError(f"{name} has a key that is no name")
+                stack.append((inner, depth + 1, str(key)))
+        elif isinstance(value, (list, tuple)):
+            if seen + len(stack) + len(value) > MOST_VALUES:
+                raise ValueError(f"{name} holds more values than any run leaves there")
+            stack.extend((inner, depth + 1, name) for inner in value)
+        elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+            raise ValueError(f"{name} holds a number that is too large")
+        elif not isinstance(value, (int, float, str, type(None))):
+            raise ValueError(f"{name} holds a {type(value).__name__}")
+
+
+def _validate_description(content, damaged):
+    """What best.pt says of its images."""
+    if not content["classes"] or not all(isinstance(name, str) for name in content["classes"]):
+        raise damaged("its classes are no names")
+    if not 1 <= content["image_size"] <= 4096 or not 1 <= content["channels"] <= 64:
+        raise damaged(f"its images have {content['channels']} channels and {content['image_size']} pixels a side")
+    for name in ("mean", "std"):
+        numbers = content[name]
+        finite = all(isinstance(x, float) and abs(x) < 1e6 for x in numbers)
+        if len(numbers) != content["channels"] or not finite:
+            raise damaged(f"its {name} is {str(numbers)[:80]}")
+    if min(content["std"]) <= 0:
+        raise damaged(f"its std is {content['std']}")
+    if not all(isinstance(value, (int, float)) for value in content["metrics"].values()):
+        raise damaged("its metrics are no numbers")
+
+
+def _validate_progress(content, damaged):
+    """What last.pt says of how far the run has come."""
+    step = content["step"]
+    if not 0 <= step < 2**53 or not 0 <= content["seconds"] < math.inf:
+        raise damaged(f"its step is {step}")
+    before = 0
+    for row in content["history"]:
+        numbers = isinstance(row, dict) and {type(value) for value in row.values()} <= {int, float}
+        if not numbers or list(row) != COLUMNS:
+            raise damaged(f"a row of its history is {str(row)[:200]}")
+        if not before <= row["step"] <= step:
+            raise damaged(f"its history is ahead of its step {step}")
+        before = row["step"]
+    if content["totals"].shape != (3,) or not content["totals"].isfinite().all():
+        raise damaged("its totals are no three numbers")
+    groups, states = content["optimizer"].get("param_groups"), content["optimizer"].get("state")
+    if not isinstance(groups, list) or not isinstance(states, dict):
+        raise damaged("its optimizer has no state")
+    if not all(isinstance(state, dict) for state in states.values()):
+        raise damaged("its optimizer's state is no dict for each parameter")
+    if content["ema"] and not (isinstance(content["ema"].get("updates"), int) and content["ema"]["updates"] >= 0):
+        raise damaged("its ema has no number of updates")
+    for state in content["rng"]:
+        if not isinstance(state, dict) or not isinstance(state.get("cpu"), torch.Tensor) or "cuda" not in state:
+            raise damaged("it holds no random-number states")
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
+    """What optimizer.load_state_dict takes, from what state_dict() of one with the same options gave.
+
+    Raises ValueError for what doesn't fit the parameters: torch looks at no shape, and its fused steps would read
+    beyond a tensor that is smaller than its parameter, or in another order if it lies in memory in another one.
+    """
+    current = optimizer.state_dict()
+    if isinstance(optimizer, torch.optim.LBFGS):  # it has one state for all parameters
+        _check_lbfgs(optimizer, saved["state"])
+        return {"state": saved["state"], "param_groups": current["param_groups"]}
+    states, kinds = {}, {}
+    parameters = [(p, group.get("use_muon")) for group in optimizer.param_groups for p in group["params"]]
+    for i, (parameter, use_muon) in enumerate(parameters):
+        old = saved["state"].get(i, {})
+        kinds.setdefault(use_muon, set()).add(frozenset((name, type(value)) for name, value in old.items()))
+        states[i] = {}
+        for name, value in old.items():
+            wanted = () if name in SCALARS else parameter.shape
+            if isinstance(value, torch.Tensor) and value.shape != wanted:
+                raise ValueError(f"the optimizer's {name} is {tuple(value.shape)}, expected {tuple(wanted)}")
+            if isinstance(value, torch.Tensor) and name not in SCALARS:
+                value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
+            states[i][name] = value
+        if not old:
+            del states[i]
+    if any(len(kind) > 1 for kind in kinds.values()):
+        raise ValueError("the optimizer's state is not of the same kind for all parameters")
+    return {"state": states, "param_groups": current["param_groups"]}
+
+
+def _check_lbfgs(optimizer, saved):
+    """Raise ValueError unless every vector in L-BFGS's state has a number for each parameter."""
+    total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    state = saved.get(0, {})
+    if set(saved) - {0} or state.keys() - {"func_evals", "n_iter", *LBFGS_KINDS}:
+        raise ValueError("the optimizer's state is not L-BFGS's")
+    for name, kind in LBFGS_KINDS.items():
+        values = state.get(name, [])
+        if values is None and name == "al":
+            continue
+        for value in values if isinstance(values, list) else [values]:
+            vector = isinstance(value, torch.Tensor) and value.shape == (total,) and value.dtype == torch.float32
+            scalar = isinstance(value, torch.Tensor) and value.shape == () and value.is_floating_point()
+            number = isinstance(value, (int, float)) or scalar
+            if not {"vector": vector, "number": number, "any": number or value is None}[kind]:
+                raise ValueError(f"the optimizer's {name} doesn't fit the parameters")
+    lengths = {len(state.get(name) or []) for name in ("old_dirs", "old_stps", "ro")}
+    if len(lengths) > 1 or not all(isinstance(state.get(name, 0), int) for name in ("func_evals", "n_iter")):
+        raise ValueError("the optimizer's state contradicts itself")
+
+
+LBFGS_KINDS = {
+    "d": "vector",
+    "prev_flat_grad": "vector",
+    "old_dirs": "vector",
+    "old_stps": "vector",
+    "t": "number",
+    "ro": "number",
+    "H_diag": "number",
+    "prev_loss": "number",
+    "al": "any",
+}
+
+
+@contextlib.contextmanager
+def blamed(path):
+    """What goes wrong in this context is the fault of a checkpoint's content, if one is named: raises ValueError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        text = str(error).lower()
+        if path is None or "out of memory" in text or "can't allocate memory" in text:
+            raise
+        raise ValueError(f"{path} holds what no run leaves there: {type(error).__name__}: {text[:200]}") from None
+
+
+def fingerprint(*tensors: torch.Tensor) -> int:
+    """A checksum of the tensors' bytes, by which a resume knows its images again."""
+    checksum = 0
+    for tensor in tensors:
+        checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
+    return checksum

@@ -1,7 +1,4 @@
-"""Where a run computes, and with what precision.
-
-Copied alone, this file needs torch and nothing else.
-"""
+"""Where a run computes, and with what precision. Needs torch alone."""
 
 import platform
 from pathlib import Path
@@ -11,17 +8,20 @@ import torch
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def choose_device(name):
-    """The torch.device for 'auto' (cuda, then mps, then cpu) or a name. Raises ValueError if it isn't there."""
-    there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
-    name = there[0] if name == "auto" else name
-    kind, _, index = name.partition(":")
-    if kind not in there or (index and not (index.isdecimal() and int(index) < getattr(torch, kind).device_count())):
-        raise ValueError(f"--device {name} is not there: this machine has {', '.join(there)}")
+def choose_device(name: str) -> torch.device:
+    """The device for 'auto' (cuda, then mps, then cpu) or a name. Raises ValueError if it isn't available."""
+    available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()]
+    available.append("cpu")
+    if name == "auto":
+        name = available[0]
+    kind, colon, index = name.partition(":")
+    fits = not colon or (index.isascii() and index.isdecimal() and int(index) < getattr(torch, kind).device_count())
+    if kind not in available or not fits:
+        raise ValueError(f"device {name} is not available (available: {', '.join(available)})")
     return torch.device(name)
 
 
-def choose_precision(amp, device):
+def choose_precision(amp: str, device: torch.device) -> str:
     """The name of the type in which matrices are multiplied, for 'auto', 'off', 'bf16' or 'fp16'.
 
     'auto' is bf16 where the device computes with it natively: on CUDA from capability 8.0 (fp16 on older ones), on CPUs
@@ -35,34 +35,54 @@ def choose_precision(amp, device):
     return "fp32" if amp in ("auto", "off") else amp
 
 
-def autocast(device, precision):
+def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
-def place(part, device):
-    """A tuple of tensors on the device, or as they are if the first would fill more than half of its free memory."""
-    if device.type == "cuda" and part[0].nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return part
-    return tuple(tensor.to(device) for tensor in part)
+def speed_up(device: torch.device):
+    """Let CUDA choose convolutions by trying them, for shapes that stay the same, and multiply float32 in TF32."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
 
 
-def device_name(device):
+def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """The scaler that fp16 needs; for the other precisions one that does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def totals(device: torch.device) -> torch.Tensor:
+    """Three zeros to add up in, in double precision where the device has it."""
+    return torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+
+def fits(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Does a tensor take at most half of a GPU's free memory? Elsewhere it lies in the same memory anyway."""
+    return device.type != "cuda" or tensor.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
+
+
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def rng_state(device):
+def rng_state(device: torch.device) -> dict:
     """Every random-number state that training reads, as tensors."""
-    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
 
 
-def restore_rng(state, device):
+def restore_rng(state: dict, device: torch.device):
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def is_out_of_memory(error):
-    """Does an exception say so? On the CPU torch has no class for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Does an exception say so? On the CPU torch has no class for it, and CUDA's own calls have another one."""
+    text = str(error).lower()
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "can't allocate memory" in text or "out of memory" in text

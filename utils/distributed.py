@@ -1,42 +1,56 @@
-"""What a process shares with the outside: the other processes that train the same model, and signals.
+"""Several processes that train one model: torchrun --nproc_per_node 2 train.py --model vit
 
-    torchrun --nproc_per_node 2 train.py --model vit ...
-
-starts the same program several times; `join` makes them a group, in which each has a `rank`. Started in any other way a
-process is a group of its own, and everything here costs nothing. Copied alone, this file needs torch and nothing else.
+`init` makes the processes that torchrun started a group, in which each has a rank. Started in any other way a process
+is a group of its own, and everything here costs nothing. Needs torch alone.
 """
 
 import contextlib
 import gc
 import os
-import signal
 import sys
 import time
 import uuid
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+TIME_LIMIT = timedelta(minutes=10)  # for what one process waits for the others; decoding a large folder takes minutes
 
-def join():
-    """Form the group with the other processes that torchrun started. Only the first of them prints from here on."""
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        store, own_rank, size = next(dist.rendezvous("env://"))
+
+def init():
+    """Form the group with the other processes that torchrun started. Only rank 0 prints from here on.
+
+    Raises ValueError if the environment names a group by half.
+    """
+    names = {"RANK", "WORLD_SIZE", "MASTER_ADDR"}
+    if not names <= os.environ.keys():
+        return
+    if "MASTER_PORT" not in os.environ:
+        raise ValueError("RANK, WORLD_SIZE and MASTER_ADDR are set, MASTER_PORT isn't: start with torchrun")
+    backend = "gloo"
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        store, own_rank, size = next(dist.rendezvous("env://", timeout=TIME_LIMIT))
         store = dist.PrefixStore(_agree(store, own_rank, size), store)
-        dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
-        # torchrun counts failures by machine: one that only saw the group break has a lower count.
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(any_of(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
-        if rank() > 0:
-            sys.stdout = open(os.devnull, "w")
+        dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=TIME_LIMIT)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the processes of WORLD_SIZE {os.environ['WORLD_SIZE']} don't find each other: {error}"
+        ) from None
+    # torchrun counts failures by machine: one that only saw the group break has a lower count.
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(all_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
 
 
 def _agree(store, own_rank, size):
     """A word that the processes of this start share, and those of no earlier one.
 
     torchrun keeps its store when it starts the processes anew: under the old keys they'd find the addresses of the
-    dead, and couldn't connect or would wait for them. The first process answers all until each has had an answer.
+    dead, and couldn't connect or would wait for them. Rank 0 answers all until each has had an answer.
     """
     word = uuid.uuid4().hex
     if own_rank > 0:
@@ -44,66 +58,87 @@ def _agree(store, own_rank, size):
         word = store.get(f"answer to {word}").decode()
         store.add(word, 1)
         return word
+    began = time.monotonic()
     while store.add(word, 0) < size - 1:
-        for key in (f"hello {other}" for other in range(1, size)):
+        for other in range(1, size):
+            key = f"hello {other}"
             if store.check([key]):
                 store.set(f"answer to {store.get(key).decode()}", word)
+        if time.monotonic() - began > TIME_LIMIT.total_seconds():
+            raise RuntimeError(f"not all came within {TIME_LIMIT}")
         time.sleep(0.01)
     return word
 
 
-def leave(status):
-    """Leave the group and return the exit status."""
+def cleanup(status: int):
+    """Leave the group."""
     if dist.is_initialized():
+        if status == 1 and "nccl" in dist.get_backend_config():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)  # NCCL would wait for collectives of which another process has died
         if status and rank() > 0:
-            time.sleep(1)  # torchrun stops the others when one fails: let the first say why
+            time.sleep(1)  # torchrun stops the others when one fails: let rank 0 print why
         gc.collect()  # a group that a cycle of references keeps would end with the interpreter, and could abort it
         dist.destroy_process_group()
-    return status
 
 
-def restarted():
+def restarted() -> bool:
     """Has torchrun started this process anew, after one of the group had failed?"""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return dist.is_initialized() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def count():
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def own_device(device):
-    """The CUDA device of this process, if `device` doesn't name one. Raises ValueError if there are too few."""
-    if device.type == "cuda" and device.index is None and dist.is_initialized():
-        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if wanted > there:
-            text = f"--nproc_per_node {wanted} must be at most {there}, the number of GPUs here"
-            raise ValueError(f"{text}; --device cpu has no such limit")
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+def local_rank() -> int:
+    """The rank among the processes of this machine."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The CUDA device of this process. Raises ValueError if there are too few, or if all would share one."""
+    if device.type == "cuda" and world_size() == 1 and device.index is not None:
+        torch.cuda.set_device(device)  # what waits for "the" GPU waits for the current one
+    if device.type != "cuda" or world_size() == 1:
+        return device
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    available = torch.cuda.device_count()
+    if device.index is not None and wanted > 1:
+        raise ValueError(f"device {device} would be shared by {wanted} processes: use --device cuda")
+    if wanted > available:
+        text = f"--nproc_per_node {wanted} must be at most {available}, the number of GPUs here"
+        raise ValueError(f"{text}; --device cpu has no such limit")
+    if device.index is None:
+        device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)  # NCCL works on the current one
     return device
 
 
-def once(function):
-    """Call a function in the first process alone. All get what it returns, or its ValueError or OSError."""
-    if count() == 1:
+def on_main(function):
+    """Call a function on rank 0 alone. All get what it returns, or its ValueError or OSError."""
+    if world_size() == 1:
         return function()
     outcome = [_outcome(function) if rank() == 0 else None]
     dist.broadcast_object_list(outcome)
     return _unpack(outcome[0])
 
 
-def once_a_machine(function):
+def on_local_main(function):
     """Call a function in the first process of every machine, then in the others, which find the files that it left."""
-    if count() == 1:
+    if world_size() == 1:
         return function()
-    first = int(os.environ.get("LOCAL_RANK", rank())) == 0
-    outcome = _outcome(function) if first else (None, None)
-    for _, error in gather((None, outcome[1])):
+    outcome = (None, None)
+    if local_rank() == 0:
+        outcome = _outcome(function)
+    for error in all_gather(outcome[1]):
         _unpack((None, error))
-    return _unpack(outcome) if first else function()
+    return _unpack(outcome) if local_rank() == 0 else function()
 
 
 def _outcome(function):
@@ -121,74 +156,56 @@ def _unpack(outcome):
 
 
 @contextlib.contextmanager
-def quiet():
-    """All processes see the same mistakes of a user: within this context only the first one says so."""
+def main_prints():
+    """Silence standard error on all ranks but 0: they would print the same usage error."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere if rank() else sys.stderr):
         yield
 
 
-def add_up(tensor):
-    """Replace a tensor by its sum over the processes, and return it."""
-    if count() > 1:
-        dist.all_reduce(tensor)
-    return tensor
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of the processes' tensors; the argument isn't changed."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
 
 
-def any_of(number):
-    """The largest of the processes' numbers: what one of them knows, all know."""
-    if count() == 1:
+def all_max(number: int) -> int:
+    """The largest of the processes' numbers."""
+    if world_size() == 1:
         return number
     largest = torch.tensor(number)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.item()
 
 
-def gather(value):
-    """A list of every process's value."""
+def all_gather(value) -> list:
+    """Every process's value."""
     values = [value]
-    if count() > 1:
-        values = [None] * count()
+    if world_size() > 1:
+        values = [None] * world_size()
         dist.all_gather_object(values, value)
     return values
 
 
-def spread(model):
-    """Give every process the first one's weights."""
-    if count() > 1:
+def broadcast(model: torch.nn.Module):
+    """Give every process rank 0's weights and statistics."""
+    if world_size() > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
 
 
-def connect(model, device):
-    """The same model, but its gradients become the mean over the processes during backward."""
-    if count() == 1:
+def wrap_ddp(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model inside DistributedDataParallel: its gradients become the mean over the processes during backward."""
+    if world_size() == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    ids = [device] if device.type == "cuda" else None
+    net = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    net.broadcast_buffers = False  # `broadcast` does it before each validation; in every step it costs copies
+    return net
 
 
-def exchange(model, now):
-    """A context for forward and backward, in which a connected model exchanges its gradients now, or doesn't yet."""
-    return contextlib.nullcontext() if now or count() == 1 else model.no_sync()
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """A list that gets the number of the first SIGINT or SIGTERM. After it the old rule holds: a second one kills.
-
-    Under torchrun it doesn't: that passes a Ctrl-C on to processes that have had it from the terminal already.
-    """
-    numbers, old = [], {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def handler(number, frame):
-        numbers.append(number)
-        if not dist.is_initialized():
-            for n in old:
-                signal.signal(n, signal.SIG_DFL)
-
-    for n in old:
-        signal.signal(n, handler)
-    try:
-        yield numbers
-    finally:
-        for n in old:
-            signal.signal(n, old[n])
+def sync_gradients(net: torch.nn.Module, now: bool):
+    """A context for forward and backward, in which the processes exchange their gradients now, or don't yet."""
+    return contextlib.nullcontext() if now or world_size() == 1 else net.no_sync()

@@ -1,23 +1,25 @@
 """An exponential moving average of a model's weights, which is often better than the weights of any one step.
 
-    average = Average(model, decay=0.999)
-    for images, labels in batches:
-        ...
-        optimizer.step()
-        average.update(model)
-    evaluate(average.model)
+    import torch
+    from ema import Ema                          # in this repo: from utils.ema import Ema
 
-Copied alone, this file needs torch and nothing else.
+    model = torch.nn.Linear(2, 2)
+    ema = Ema(model, decay=0.999)
+    for step in range(10):
+        # ... an optimizer step, then:
+        ema.update(model)
+    ema.model(torch.randn(8, 2))                 # evaluate this one
+
+Needs torch alone.
 """
 
 import copy
-import itertools
 
 import torch
 
 
-class Average:
-    """A second model, `average.model`, in eval mode, whose tensors are moving averages of those of the trained one.
+class Ema:
+    """A second model, `ema.model`, in eval mode, whose tensors are moving averages of those of the trained one.
 
     Update number t = 0, 1, ... makes it d * average + (1 - d) * trained, with d = min(decay, (1 + t) / (10 + t)): this
     ramp forgets the start, which a constant decay of 0.999 would keep for thousands of steps.
@@ -25,33 +27,37 @@ class Average:
     The running means and variances of batch norms are averaged like the weights. Those of the trained model belong to
     its last few weights, not to the averaged ones; their average over the same steps belongs to the averaged weights as
     nearly as the activations are linear in such small changes, and costs no pass over the data. Whole numbers, such as
-    num_batches_tracked, are copied.
+    num_batches_tracked, are copied. Raises ValueError for a decay out of range.
     """
 
-    def __init__(self, model, decay):
+    def __init__(self, model: torch.nn.Module, decay: float):
         if not 0 <= decay < 1:
-            raise ValueError(f"--ema {decay} must be at least 0 and less than 1")
-        self.model, self.decay, self.updates = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
+            raise ValueError(f"decay {decay} must be >= 0 and < 1")
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+        self.averages, self.counts = tensors(self.model)
 
     @torch.no_grad()
-    def update(self, model):
+    def update(self, model: torch.nn.Module):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
-        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-        torch._foreach_lerp_(averages, values, 1 - decay)  # one call: hundreds of small ones would take longer
-        for average, value in pairs:
-            if not average.is_floating_point():
-                average.copy_(value)
+        values, counts = tensors(model)
+        torch._foreach_lerp_(self.averages, values, 1 - decay)  # one call: hundreds of small ones would take longer
+        for own, count in zip(self.counts, counts, strict=True):
+            own.copy_(count)
         self.updates += 1
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """What an exact resume needs, as plain types and tensors."""
-        return dict(model=self.model.state_dict(), updates=self.updates)
+        return {"model": self.model.state_dict(), "updates": self.updates}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict):
         self.model.load_state_dict(state["model"])
         self.updates = int(state["updates"])
 
 
-def _tensors(model):
-    return itertools.chain(model.parameters(), model.buffers())
+def tensors(model):
+    """The parameters and buffers of a model: floats, and whole numbers."""
+    everything = [*model.parameters(), *model.buffers()]
+    floats = [tensor for tensor in everything if tensor.is_floating_point()]
+    return floats, [tensor for tensor in everything if not tensor.is_floating_point()]

@@ -1,10 +1,14 @@
 """Start from weights that were trained elsewhere, and train a part of a model only.
 
-    print(load_matching(model, torch.load("other.pt", weights_only=True)))
-    freeze(model, ["blocks"])                    # train everything but a ViT's blocks
+    import torch
+    from finetune import freeze, load_matching, train_mode   # in this repo: from utils.finetune import ...
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    print(load_matching(model, {"0.weight": torch.zeros(2, 2)}))
+    freeze(model, ["0"])                         # train everything but the first layer
     train_mode(model)                            # in place of model.train()
 
-Copied alone, this file needs torch and nothing else.
+Needs torch alone.
 """
 
 import difflib
@@ -12,22 +16,26 @@ import difflib
 import torch
 
 
-def initialise(model, start, classes):
+def initialise(model: torch.nn.Module, start: dict, classes: list) -> str:
     """Give a model the weights of `start`, a dict with state_dict and classes, as far as they fit.
 
     A head for other classes is left as it is, and positions are resized by the model's resize_positions, if it has one.
     Returns one line that says how far it went. Raises ValueError if nothing fits.
     """
-    state, resized = start["state_dict"], ""
+    state = start["state_dict"]
     if start["classes"] and list(start["classes"]) != list(classes):
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    if hasattr(model, "resize_positions") and (adapted := model.resize_positions(state)) is not state:
-        old, new = (tuple(s["pos_embedding"].shape) for s in (state, adapted))
-        state, resized = adapted, f"; positions resized from {old} to {new}"
-    return f"{load_matching(model, state)}{resized}"
+    if not hasattr(model, "resize_positions"):
+        return load_matching(model, state)
+    resized = model.resize_positions(state)
+    said = load_matching(model, resized)
+    if resized is not state:
+        old, new = tuple(state["pos_embedding"].shape), tuple(resized["pos_embedding"].shape)
+        said += f"; positions resized from {old} to {new}"
+    return said
 
 
-def load_matching(model, state):
+def load_matching(model: torch.nn.Module, state: dict) -> str:
     """Copy those weights of a state dict whose name and shape are the model's; the others of the model stay.
 
     Returns one line that says what was loaded and what wasn't. Raises ValueError if nothing fits.
@@ -37,23 +45,28 @@ def load_matching(model, state):
     if not fitting:
         raise ValueError(f"none of its {len(state)} tensors fits the model: they are {few(state)}")
     model.load_state_dict(fitting, strict=False)
-    shapes = [f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}" for n in own if n in state and n not in fitting]
+    shapes = []
+    for name in own:
+        if name in state and name not in fitting:
+            shapes.append(f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}")
     text = f"{len(fitting)} of the model's {len(own)} tensors loaded"
     for what, names in (
         ("skipped for their shape", shapes),
         ("started afresh", own.keys() - state),
         ("not used", state.keys() - own),
     ):
-        text += f"; {what}: {few(sorted(names))}" if names else ""
+        if names:
+            text += f"; {what}: {few(sorted(names))}"
     return text
 
 
-def few(names):
+def few(names) -> str:
     names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
-def freeze(model, prefixes):
+def freeze(model: torch.nn.Module, prefixes: list[str]):
     """Stop training the parameters whose names start with a prefix, whole parts of a name: blocks.1 isn't blocks.10.
 
     Raises ValueError for a prefix that names nothing, and if nothing is left to train.
@@ -64,14 +77,17 @@ def freeze(model, prefixes):
         for name in named:
             model.get_parameter(name).requires_grad_(False)
         if not named:
-            known = {".".join(name.split(".")[:n]) for name in names for n in range(1, name.count(".") + 2)}
+            known = set()
+            for name in names:
+                words = name.split(".")
+                known.update(".".join(words[:count]) for count in range(1, len(words) + 1))
             near = difflib.get_close_matches(prefix, sorted(known), 4, 0.3) or sorted({n.split(".")[0] for n in names})
-            raise ValueError(f"--freeze {prefix} is the start of no parameter's name; near are {', '.join(near)}")
+            raise ValueError(f"freeze {prefix}: no parameter has that prefix; near are {', '.join(near)}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"--freeze {' --freeze '.join(prefixes)} leaves nothing to train")
+        raise ValueError(f"freeze {', '.join(prefixes)} leaves nothing to train")
 
 
-def train_mode(model):
+def train_mode(model: torch.nn.Module):
     """model.train(), but frozen batch norms stay as they are: their running statistics are weights, too."""
     model.train()
     for module in model.modules():

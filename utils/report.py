@@ -1,13 +1,17 @@
 """What a classifier gets right, what it mistakes for what, and whether its probabilities can be believed.
 
+    import torch
+    from report import as_text, calibration, confusion, draw_confusion, fit_temperature
+
+    classes = ["cat", "dog"]
+    labels, logits = torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
     matrix = confusion(labels, logits.argmax(1), len(classes))
     print(as_text(matrix, classes))
     error, bins = calibration(logits, labels)
-    calmer = logits / fit_temperature(val_logits, val_labels)
+    calmer = logits / fit_temperature(logits, labels)           # in real life, fitted on validation images
     draw_confusion(matrix, classes, "confusion.png")
 
-Throughout, logits are float (n, classes), unnormalised scores, and labels int64 (n,), both on the CPU. Copied alone,
-this file needs torch, and matplotlib for the pictures.
+Throughout, logits are float (n, classes) and labels int64 (n,), both on the CPU. Needs torch, and matplotlib to plot.
 """
 
 import math
@@ -16,14 +20,19 @@ import torch
 
 
 def confusion(labels, predicted, count):
-    """How often each class (row) was taken for each (column): int64 (count, count)."""
+    """How often each class (row) was predicted as each (column): int64 (count, count)."""
     return torch.bincount(labels * count + predicted, minlength=count * count).view(count, count)
 
 
 def precision_and_recall(matrix):
-    """By class: the share of right ones among those named so, and among those that are so. NaN for a share of none."""
-    right = matrix.diag().double()
-    return right / matrix.sum(0), right / matrix.sum(1)
+    """Per-class precision and recall, float64 (classes,) each; NaN where undefined."""
+    correct = matrix.diag().double()
+    return correct / matrix.sum(0), correct / matrix.sum(1)
+
+
+def by_class(classes, values):
+    """A dict of class -> value, None for NaN."""
+    return {name: None if math.isnan(value) else value for name, value in zip(classes, values.tolist(), strict=True)}
 
 
 def calibration(logits, labels, bins=15):
@@ -33,20 +42,20 @@ def calibration(logits, labels, bins=15):
     The error is the difference between confidence and accuracy, averaged over the images.
     """
     confidence, predicted = logits.double().softmax(1).max(1)
-    right = (predicted == labels).double()
+    correct = (predicted == labels).double()
     index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
-    count, confidences, rights = (
-        torch.bincount(index, weights, bins) for weights in (torch.ones_like(right), confidence, right)
-    )
-    error = (confidences - rights).abs().sum().item() / len(labels)
-    rows = torch.stack((count, confidences / count, rights / count), 1).tolist()
+    count = torch.bincount(index, minlength=bins)
+    confidences = torch.bincount(index, confidence, bins)
+    corrects = torch.bincount(index, correct, bins)
+    error = (confidences - corrects).abs().sum().item() / len(labels)
+    rows = torch.stack((count, confidences / count, corrects / count), 1).tolist()
     return error, [(int(n), conf, acc) for n, conf, acc in rows]
 
 
 def fit_temperature(logits, labels):
     """The T, in 0.01..100, for which logits / T have the least cross-entropy. Fit it on images that didn't train.
 
-    The loss is convex in 1 / T, so its derivative, mean scores expected minus mean scores of the labels, has one root.
+    The loss is convex in 1 / T, so its derivative, mean expected logit minus mean logit of the labels, has one root.
     """
     logits = logits.double()
     wanted = logits.gather(1, labels[:, None]).mean()
@@ -63,14 +72,15 @@ def as_text(matrix, classes):
     width = max(6, *map(len, classes))
     lines = [f"{'class':<{width}}  precision  recall  images"]
     for name, p, r, n in zip(classes, *precision_and_recall(matrix), matrix.sum(1), strict=True):
-        shares = [f"{x:.4f}" if x == x else "-" for x in (p.item(), r.item())]
-        lines.append(f"{name:<{width}}  {shares[0]:>9}  {shares[1]:>6}  {n:>6}")
+        precision = "-" if p.isnan() else f"{p:.4f}"
+        recall = "-" if r.isnan() else f"{r:.4f}"
+        lines.append(f"{name:<{width}}  {precision:>9}  {recall:>6}  {n:>6}")
     if len(classes) > 20:
         wrong = matrix - matrix.diag().diag()
         lines += ["", "most frequent errors"]
         for at in wrong.flatten().argsort(descending=True, stable=True)[:20].tolist():
             row, column = divmod(at, len(classes))
-            lines.append(f"{wrong[row, column]:>6}  {classes[row]} taken for {classes[column]}")
+            lines.append(f"{wrong[row, column]:>6}  {classes[row]} misclassified as {classes[column]}")
         return "\n".join(lines)
     cell = max(4, len(str(matrix.max().item())))
     lines += ["", "confusion: true classes down, predicted classes across"]
@@ -88,7 +98,7 @@ def new_figure(width, height):
 
 
 def draw_confusion(matrix, classes, path):
-    """A picture of the confusion matrix: colours are shares of the true class, up to 20 classes with the counts."""
+    """Plot the confusion matrix: colours are shares of the true class, up to 20 classes with the counts."""
     count = len(classes)
     size = min(14, 2.6 + 0.45 * count)
     figure = new_figure(size + 0.8, size)
@@ -110,7 +120,7 @@ def draw_confusion(matrix, classes, path):
 
 
 def draw_mistakes(images, logits, labels, classes, path, count=36):
-    """A picture of the most confident wrong predictions; images are uint8 (n, 1 or 3, height, width)."""
+    """Plot the most confident wrong predictions; images are uint8 (n, 1 or 3, height, width)."""
     confidence, predicted = logits.softmax(1).max(1)
     wrong = torch.nonzero(predicted != labels).flatten()
     chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:count].tolist()
@@ -123,13 +133,14 @@ def draw_mistakes(images, logits, labels, classes, path, count=36):
         axis.axis("off")
     for i, axis in zip(chosen, axes.flat, strict=False):
         axis.imshow(images[i].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
-        name, wrong_name = (classes[label][:12] for label in (labels[i], predicted[i]))
-        axis.set_title(f"{name}, taken for\n{wrong_name}, {100 * confidence[i]:.0f} %", fontsize=9)
+        name = classes[labels[i]][:12]
+        wrong_name = classes[predicted[i]][:12]
+        axis.set_title(f"{name}, misclassified\nas {wrong_name}, {100 * confidence[i]:.0f} %", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
 def draw_reliability(calibrations, path):
-    """How often predictions of each confidence are right; calibrations is name -> what `calibration` returns."""
+    """Plot how often predictions of each confidence are right; calibrations is name -> what `calibration` returns."""
     figure = new_figure(6, 6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 100], [0, 100], color="#999999", linestyle="--", linewidth=1.2, label="perfectly calibrated")
@@ -145,4 +156,38 @@ def draw_reliability(calibrations, path):
     for axis in (upper, lower):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def rollout(maps: torch.Tensor) -> torch.Tensor:
+    """Attention roll-out (arXiv:2005.00928): how much of each input token is in each output token.
+
+    (layers, batch, heads, tokens, tokens) -> (batch, tokens, tokens); rows sum to 1. The heads are averaged, and half
+    of a layer's output counts as its own input, for the connection that goes round the attention.
+    """
+    eye = torch.eye(maps.shape[-1], device=maps.device)
+    result = eye
+    for layer in maps.float().mean(2):
+        result = (layer + eye) / 2 @ result
+    return result
+
+
+def draw_attention(image, attended, patch_size, title, path):
+    """Plot an image, uint8 (1 or 3, height, width), and over it each of `attended`, name -> float (patches,)."""
+    _, height, width = image.shape
+    columns = min(5, 1 + len(attended))
+    rows = math.ceil((1 + len(attended)) / columns)
+    figure = new_figure(2 * columns, 2.25 * rows + 0.6)
+    figure.suptitle(title, fontsize=12)
+    note = "brighter: more attention, each panel on its own scale; heads are those of the last layer"
+    figure.supxlabel(note, size=9)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (name, values) in zip(axes.flat, [("image", None), *attended.items()], strict=False):
+        axis.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
+        if values is not None:
+            grid = values.view(height // patch_size[0], width // patch_size[1]).numpy()
+            axis.imshow(grid, cmap="viridis", alpha=0.65, interpolation="bilinear", extent=(0, width, height, 0))
+        axis.set_title(name, fontsize=10)
     figure.savefig(path, dpi=150)

@@ -1,108 +1,210 @@
-"""The folder of a run: a new name for it, its log, its table of epochs and its result.
-
-Copied alone, this file needs the standard library and nothing else.
-"""
+"""The folder of a run: a new name for it, its log, its checkpoints, its table of epochs and its result."""
 
 import contextlib
 import csv
+import io
 import json
 import math
 import os
+import platform
 import shlex
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-COLUMNS = "epoch step lr train_loss train_acc val_loss val_acc seconds images_per_second".split()
+import torch
 
+import optimizers
+import plot
+from utils import arguments, build, checkpoints, devices, distributed
 
 RUN_FILES = ("best.pt", "last.pt", "metrics.csv", "result.json", "curves.png")
+DRAW_EVERY = 30  # seconds: drawing takes half of one
 
 
-def claim(out, default, going_on=False):
-    """Create the folder `out`, or default, default-2, default-3 ..., and lock it; return (folder, log).
+class RunFolder:
+    """Where a run is written. On ranks other than 0 nothing is written, and `log` prints nothing.
 
-    The log is open and keeps the folder's lock for as long as the process lives. A folder that holds anything of a run
-    is never taken, unless going_on, and never while a run in it is alive. Raises ValueError for that and if the folder
-    can't be written.
+    It holds the folder's lock for as long as the process lives. Once the folder was moved away or replaced, every
+    method that writes raises OSError: the files of another run may lie under that name.
     """
-    candidates = [Path(out)] if out else [Path(default), *(Path(f"{default}-{n}") for n in range(2, 10000))]
-    for folder in candidates:
-        if holds_run(folder) and not going_on and not out:
-            continue
-        try:
-            made = not folder.exists()
-            folder.mkdir(parents=True, exist_ok=True)
-            held = os.open(folder, os.O_RDONLY) if os.name == "posix" else None  # stays with it wherever it's moved
-        except OSError as error:
-            raise ValueError(f"--out {folder} can't be written ({error.strerror}): name another folder") from None
-        log = Log(folder, held, made)
-        if not (held is None or lock(held)):
-            if out:
-                raise ValueError(f"--out {folder} is being written by a run that is alive: name another folder")
-        elif going_on or not holds_run(folder):
-            try:
-                log.file = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")
-            except OSError as error:
-                raise ValueError(f"--out {folder} can't be written ({error.strerror}): name another folder") from None
-            return folder, log
-    raise ValueError(f"--out {candidates[0]} holds a run already: name another folder, or --resume its last.pt")
 
-
-def holds_run(folder):
-    """Is there anything of a run in a folder?"""
-    log = folder / "log.txt"
-    return (
-        (log.exists() and log.stat().st_size > 0)
-        or any((folder / name).exists() for name in RUN_FILES)
-        or any(folder.glob("seed-*"))
-    )
-
-
-class Log:
-    """The open log.txt of a run, and the hold on its folder."""
-
-    def __init__(self, folder, held, made):
-        self.file, self.folder, self.held, self.made = None, folder, held, made
-
-    def write(self, text):
-        self.file.write(text)
+    def __init__(self, path, log=None, held=None, made=False):
+        self.path, self.held, self.made = Path(path), held, made
+        self.file, self.drawn, self.events = log, time.perf_counter(), None
 
     def check(self):
-        """Raise OSError if the folder's name now is another folder's, or none's: nothing is written there."""
         try:
-            here = self.held is None or os.path.samestat(os.fstat(self.held), os.stat(self.folder))
+            moved = self.held is not None and not os.path.samestat(os.fstat(self.held), os.stat(self.path))
         except FileNotFoundError:
-            here = False
-        if not here:
-            raise OSError(f"the run's folder {self.folder} was moved away or replaced: the run stops")
+            moved = True
+        if moved:
+            raise OSError(f"the run's folder {self.path} was moved away or replaced: the run stops")
 
-    def __del__(self):
+    def log(self, line: str):
+        """Print a line, and append it to log.txt."""
+        if self.file:
+            with contextlib.suppress(UnicodeError):
+                self.file.write(line + "\n")
+        print_line(line)
+
+    def save(self, name: str, content: dict):
+        if self.file:
+            self.check()
+            checkpoints.save(content, self.path / name)
+
+    def write_metrics(self, history: list):
+        if self.file:
+            self.check()
+            text = io.StringIO()
+            writer = csv.DictWriter(text, checkpoints.COLUMNS)
+            writer.writeheader()
+            writer.writerows(history)
+            checkpoints.write(text.getvalue().encode(), self.path / "metrics.csv")
+
+    def write_result(self, result: dict):
+        if self.file:
+            self.check()
+            checkpoints.write((json.dumps(result, indent=2) + "\n").encode(), self.path / "result.json")
+
+    def report(self, history: list, best: dict | None, epochs: int, seconds_left: float):
+        """What is written and printed after an epoch, besides checkpoints."""
+        self.write_metrics(history)
+        if self.events:
+            write_events(self.events, history[-1])
+        if time.perf_counter() - self.drawn > DRAW_EVERY:
+            self.draw(history, best)
+            self.drawn = time.perf_counter()
+        self.log(epoch_line(history[-1], epochs, best is history[-1], seconds_left))
+
+    def draw(self, history: list, best: dict | None):
+        """Draw curves.png. Whatever keeps it from being drawn costs one line, and not the run."""
+        if not self.file or not history:
+            return
+        self.check()
+        try:
+            marked = {self.path.name: best["epoch"]} if best else {}
+            plot.draw({self.path.name: history}, self.path / "curves.png", best=marked)
+        except ImportError:
+            self.log("no curves.png: pip install matplotlib")
+        except Exception as error:
+            self.log(f"no curves.png ({' '.join(str(error).split())[:200]})")
+
+    def open_events(self):
+        """Write TensorBoard events from now on."""
+        if not self.file:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.log("no TensorBoard events: pip install tensorboard")
+            return
+        self.events = SummaryWriter(self.path)
+        self.log(f"to follow it: tensorboard --logdir {self.path}")
+
+    def remove_if_unused(self):
+        """Remove what open_folder made, if nothing has been written into it since."""
+        if self.file and not self.file.tell():
+            (self.path / "log.txt").unlink()
+            if self.made:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()  # only if it's empty
+
+    def close(self):
         if self.file:
             self.file.close()
         if self.held is not None:
             os.close(self.held)
+        self.file = self.held = self.events = None
 
-    def take_back(self):
-        """Remove what claim made, if nothing has been written into it since."""
-        self.file.close()
-        log = self.folder / "log.txt"
-        if log.stat().st_size == 0:
-            log.unlink()
-        if self.made:
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()  # only if it's empty
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
 
 
-def lock(file):
-    """Lock a file for this process; False if another one has it. Always True on Windows."""
+def print_line(line):
+    """Print a line; a terminal or pipe that has gone away, or can't show it, doesn't end a run."""
+    try:
+        print(line, flush=True)
+    except UnicodeError:
+        print(line.encode("ascii", "backslashreplace").decode(), flush=True)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")
+
+
+def open_folder(out, default, going_on=False) -> RunFolder:
+    """Create the folder `out`, or default, default-2, default-3 ..., and lock it.
+
+    A folder that holds anything of a run is never taken, unless going_on, and never while a run in it is alive. Raises
+    ValueError for that and if the folder can't be written.
+    """
+    folder = None
+
+    def claim():
+        nonlocal folder
+        folder = _claim(out, default, going_on)
+        return str(folder.path)
+
+    path = distributed.on_main(claim)
+    return folder or RunFolder(path)
+
+
+def _claim(out, default, going_on):
+    if out:
+        candidates = [Path(out)]
+    else:
+        candidates = [Path(default), *(Path(f"{default}-{n}") for n in range(2, 10000))]
+    for path in candidates:
+        if not out and holds_run(path):
+            continue
+        made, held = not path.exists(), None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if os.name == "posix":
+                held = os.open(path, os.O_RDONLY)  # stays with the folder wherever it's moved
+            if held is not None and not lock(held):
+                os.close(held)
+                if out:
+                    raise ValueError(f"--out {path} is being written by a run that is alive: name another folder")
+                continue
+            if going_on or not holds_run(path):
+                if (path / "log.txt").exists() and not (path / "log.txt").is_file():
+                    raise ValueError(f"--out {path} has a log.txt that is no file: name another folder")
+                log = open(path / "log.txt", "a", buffering=1, encoding="utf-8", errors="backslashreplace")
+                return RunFolder(path, log, held, made)
+            if held is not None:
+                os.close(held)
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ValueError(f"--out {path} can't be written ({why}): name another folder") from None
+    raise ValueError(f"--out {candidates[0]} holds a run already: name another folder, or --resume its last.pt")
+
+
+def holds_run(path: Path) -> bool:
+    """Is there anything of a run in a folder?
+
+    The log of a run with this very command, which was killed before it saved anything, doesn't count.
+    """
+    log = path / "log.txt"
+    if log.is_file() and log.stat().st_size > 0:
+        with open(log, encoding="utf-8", errors="replace") as file:
+            if file.readline() != f"$ {command()}\n":
+                return True
+    return any((path / name).exists() for name in RUN_FILES) or any(path.glob("seed-*"))
+
+
+def lock(folder: int) -> bool:
+    """Lock an open folder for this process; False if another one has it. Always True on Windows."""
     try:
         import fcntl
     except ImportError:
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -110,66 +212,121 @@ def lock(file):
     return True
 
 
-def make_say(log):
-    """A function that prints a line and appends it to the file `log`, if there is one."""
-
-    def say(line):
-        print(line, flush=True)
-        if log:
-            log.write(line + "\n")
-
-    say.check = log.check if log else lambda: None
-    return say
+def write_events(writer, row: dict):
+    """Write an epoch's row as TensorBoard events."""
+    for name, value in row.items():
+        if name not in ("epoch", "step") and not math.isnan(value):
+            writer.add_scalar(name, value, row["step"])
+    writer.flush()
 
 
-def epoch_line(row, epochs, is_best, seconds_left):
-    """An epoch in one line for the eye; metrics.csv has the same figures for programs."""
+# ---------------------------------------------------------------------------------------------- lines and tables
+
+
+def describe(run) -> list[str]:
+    """The lines with which a run's log begins: what trains on what, where, with which options."""
+    args, dataset = run.args, run.dataset
+    compiled = ", compiled" if args.compile else ""
+    parameters = sum(p.numel() for p in run.model.parameters())
+    shape = "x".join(str(n) for n in dataset.train.images.shape[1:])
+    counts = f"{len(run.train.labels):,} images to train on, {len(run.val.labels):,} to validate"
+    lines = [
+        f"$ {command()}",
+        f"torch {torch.__version__}, python {platform.python_version()}, {devices.device_name(run.device)}, "
+        f"{run.precision}{compiled}",
+        f"{dataset.name}: {counts}, {len(dataset.test.labels):,} to test; {len(dataset.classes)} classes, {shape}",
+        f"{args.model}: {parameters:,} parameters; {args.opt}, {args.sched}, {args.epochs:g} epochs, batches of "
+        f"{args.batch_size}",
+        *optimizers.describe_groups(run.model, run.optimizer),
+    ]
+    if dataset.note:
+        lines.insert(1, dataset.note)
+    if distributed.world_size() > 1:
+        lines.append(f"{distributed.world_size()} processes share every batch")
+    return lines
+
+
+def epoch_line(row: dict, epochs: int, is_best: bool, seconds_left: float) -> str:
+    """An epoch in one line for the eye; metrics.csv has the same numbers for programs."""
     text = f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  lr {row['lr']:<8.3g}"
-    for part in ("train", "val"):
-        if not math.isnan(row[f"{part}_loss"]):
-            text += f"  {part} loss {row[f'{part}_loss']:.4f} acc {row[f'{part}_acc']:.4f}"
-    text += f" {'*' if is_best else ' '} {row['seconds']:6.1f} s {row['images_per_second']:7,.0f} images/s"
+    for split in ("train", "val"):
+        if not math.isnan(row[f"{split}_loss"]):
+            text += f"  {split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}"
+    mark = "*" if is_best else " "
+    text += f" {mark} {row['seconds']:6.1f} s {row['images_per_second']:7,.0f} images/s"
     return f"{text}  {clock(seconds_left)} left"
 
 
-def clock(seconds):
+def clock(seconds: float) -> str:
     """3725 -> '1:02:05'"""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def summary(history, best):
-    """What result.json says of the epochs of a run and of its best one, a row of them or None."""
+def summary(history: list, best: dict | None) -> dict:
+    """What result.json holds of the epochs of a run and of its best one."""
     seconds = sum(row["seconds"] for row in history)
-    images = sum(row["seconds"] * row["images_per_second"] for row in history)
     result = {}
     for name, key in (("best_epoch", "epoch"), ("best_val_acc", "val_acc"), ("best_val_loss", "val_loss")):
         result[name] = best[key] if best and not math.isnan(best[key]) else None
-    result |= dict(epochs_run=len(history), train_seconds=seconds)
-    return result | dict(images_per_second=images / seconds if seconds else None)
+    result["epochs_run"] = len(history)
+    result["train_seconds"] = seconds
+    result["images_per_second"] = images_seen(history) / seconds if seconds else None
+    return result
 
 
-def over_seeds(results):
-    """The results of runs that differ in the seed, as (a line for the eye, a dict for result.json)."""
-    accs = [result["test_acc"] for result in results]
+def images_seen(history: list) -> float:
+    return sum(row["seconds"] * row["images_per_second"] for row in history)
+
+
+def result_of(run, history: list, best: dict | None, stopped: str, test_loss, test_acc) -> dict:
+    """What result.json holds. Accuracies are fractions."""
+    return {
+        "model": run.args.model,
+        "data": run.dataset.name,
+        "test_acc": test_acc,
+        "test_loss": test_loss,
+        **summary(history, best),
+        "stopped": stopped,
+        "params": sum(p.numel() for p in run.model.parameters()),
+        "train_pflops": build.flops_per_image(run) * images_seen(history) / 1e15,
+        "seed": run.args.seed,
+        "device": devices.device_name(run.device),
+        "amp": run.precision,
+        "torch": torch.__version__,
+        "args": arguments.plain(run.args),
+        "command": command(),
+        "commit": commit(),
+    }
+
+
+def over_seeds(results: list[dict]) -> tuple[str, dict]:
+    """The results of runs that differ in the seed, as a line for the eye and a dict for result.json."""
+    split = "val" if results[0]["test_acc"] is None else "test"  # --no-test
+    accs = [result["test_acc" if split == "test" else "best_val_acc"] for result in results]
     mean, std = statistics.fmean(accs), statistics.stdev(accs)
     seconds = statistics.fmean(result["train_seconds"] for result in results)
     each = ", ".join(f"{acc:.4f}" for acc in accs)
-    text = (
-        f"test acc {mean:.4f} +- {std:.4f} (mean and standard deviation, n = {len(accs)}: {each}), {seconds:.1f} s each"
-    )
-    same = {k: results[0][k] for k in ("model", "data", "params", "device", "amp", "torch")}
+    text = f"{split} acc {mean:.4f} +- {std:.4f} (mean and standard deviation, n = {len(accs)}: {each}), "
+    text += f"{seconds:.1f} s each"
+    same = {key: results[0][key] for key in ("model", "data", "params", "device", "amp", "torch")}
     own = ("seed", "test_acc", "test_loss", "best_epoch", "best_val_acc", "epochs_run", "stopped", "train_seconds")
-    summary = same | dict(test_acc=mean, test_acc_std=std, n=len(accs), train_seconds=seconds)
-    return text, summary | dict(runs=[{k: result[k] for k in own} for result in results])
+    return text, {
+        **same,
+        f"{split}_acc": mean,
+        f"{split}_acc_std": std,
+        "n": len(accs),
+        "train_seconds": seconds,
+        "runs": [{key: result[key] for key in own} for result in results],
+    }
 
 
-def command():
+def command() -> str:
     """What the user typed, as far as Python knows it."""
     return shlex.join(["python", *sys.argv])
 
 
-def commit():
+def commit() -> str | None:
     """The git commit of this code, with a + if files differ from it; None outside a repository."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
@@ -178,35 +335,3 @@ def commit():
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def write_metrics(history, path):
-    with open(f"{path}.tmp", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(history)
-    os.replace(f"{path}.tmp", path)
-
-
-def make_events(folder, say):
-    """A function that writes an epoch's row into a folder as TensorBoard events; without tensorboard, nothing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        say("no TensorBoard events: pip install tensorboard")
-        return lambda row: None
-    say(f"to follow it: tensorboard --logdir {folder}")
-    writer = SummaryWriter(folder)
-
-    def write(row):
-        for name, value in row.items():
-            if name not in ("epoch", "step") and not math.isnan(value):
-                writer.add_scalar(name, value, row["step"])
-        writer.flush()
-
-    return write
-
-
-def write_result(result, path):
-    Path(f"{path}.tmp").write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(f"{path}.tmp", path)

@@ -1,0 +1,102 @@
+"""The parts of a run: its images, its model and its optimizer."""
+
+import copy
+import dataclasses
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import augment
+import data
+import optimizers
+from utils import arguments, devices, distributed, models
+
+
+def load_data(args):
+    """Load the dataset and split its training set into train and validation."""
+    where = {
+        "data_dir": args.data_dir,
+        "img_size": args.img_size,
+        "fallback": "data" not in args.given and not args.resume,
+        # A checkpoint may name a folder to read from, and none to write into.
+        "read_only": bool(args.resume) and "data_dir" not in args.given and args.data_dir != arguments.DATA_DIR,
+    }
+    dataset = distributed.on_local_main(lambda: data.load(args.data, **where))
+    dataset = data.normalised(dataset, args.mean, args.std)
+    train_split, val_split = data.split(dataset.train, args.val_split, args.seed)
+    if args.limit:
+        train_split = data.limit(train_split, args.limit, args.seed)
+    size = dataset.train.images.shape[-1]
+    if args.crop_pad >= size:
+        raise ValueError(f"--crop-pad {args.crop_pad} must be less than the image's {size} pixels")
+    if args.tta and size < 2:
+        raise ValueError(f"--tta shifts the image by a pixel, these have {size}: leave it out")
+    return dataset, train_split, val_split
+
+
+def augmentation(args, epoch):
+    """The options of augment.batches in an epoch."""
+    mixing = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
+    return {
+        "augment": args.augment,
+        "crop_pad": args.crop_pad,
+        "flip": args.flip,
+        "erase": args.reprob,
+        "mixup": args.mixup if mixing else 0.0,
+        "cutmix": args.cutmix if mixing else 0.0,
+    }
+
+
+def make_model(args, dataset, train_split):
+    """A fresh model. Its weights depend on --seed, and on the training images if it can `whiten`."""
+    torch.manual_seed(args.seed)
+    _, channels, image_size, _ = dataset.train.images.shape
+    sizes = {"image_size": image_size, "channels": channels, "num_classes": len(dataset.classes)}
+    try:
+        model = models.MODELS[args.model].build(args, **sizes)
+    except (ArithmeticError, TypeError, RuntimeError, MemoryError) as error:  # sizes that no memory can hold
+        raise ValueError(f"--model {args.model} can't be built in these sizes: {str(error)[:100]}") from None
+    if hasattr(model, "whiten"):
+        some = data.limit(train_split, min(512, len(train_split.labels)), args.seed)
+        images, _ = next(augment.batches(some, 512, dataset.mean, dataset.std, "cpu"))
+        model.whiten(images)
+    # Convolutions are faster with the channels last, matrices don't mind. L-BFGS can't flatten such gradients.
+    return model.to(memory_format=torch.preserve_format if args.opt == "lbfgs" else torch.channels_last)
+
+
+def on_device(split, device):
+    """A split in the device's memory, where batches are augmented, or as it is if it's too large for that."""
+    if not devices.fits(split.images, device):
+        return split
+    return data.Split(split.images.to(device), split.labels.to(device))
+
+
+def make_optimizer(args, model):
+    options = {"weight_decay": args.weight_decay, "decay_all": args.decay_all, "use_muon": args.opt == "muon"}
+    if args.opt != "lbfgs":  # it knows one group of parameters
+        options |= {"lr": args.lr, "layer_decay": args.layer_decay, "lr_scale": args.lr_scale}
+    groups = optimizers.parameter_groups(model, **options)
+    own = optimizers.options_of(args.opt) - optimizers.GROUP_OPTIONS
+    optimizer = optimizers.OPTIMIZERS[args.opt](groups, **{name: getattr(args, name) for name in own})
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # what the schedule multiplies
+    return optimizer
+
+
+def flops_per_image(run) -> float:
+    """Floating-point operations of training on one image, forward and backward, without the optimizer's."""
+    model = copy.deepcopy(run.model).train()
+    images = run.dataset.train.images[:2].to(run.device).float()
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    return counter.get_total_flops() / len(images)
+
+
+def trial(run, **changes):
+    """A copy of a run to be thrown away, with other arguments, and with a model, optimizer and scaler of its own."""
+    args = arguments.changed(run.args, **changes)
+    model = copy.deepcopy(run.model)
+    optimizer, scaler = make_optimizer(args, model), devices.grad_scaler(run.device, run.precision)
+    return dataclasses.replace(
+        run, args=args, model=model, ddp_model=model, ema=None, optimizer=optimizer, scaler=scaler
+    )

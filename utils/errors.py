@@ -1,0 +1,147 @@
+"""What a command prints when it fails, and its exit status: one line, no traceback, for whatever a user did.
+
+    sys.exit(exit_status("train.py", main))
+
+0 done; 1 the work failed after it had begun; 2 wrong arguments or unusable input; 128 + n ended by signal n.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+
+import torch
+
+from utils import devices, distributed
+
+LONGEST = 1000  # characters of a message
+STATUS_OF = {"non-finite loss": 1}  # by why a run stopped; 0 for the others, 128 + n for a signal
+
+
+class Failed(Exception):
+    """The work failed after it had begun."""
+
+
+class Interrupted(BaseException):
+    """A signal that asks the process to end, before there is anything to save."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def one_line(text) -> str:
+    """A message as one printable line: control characters are escaped, the middle of a very long one is left out."""
+    text = " ".join(str(text).split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = text.encode("utf-8", "backslashreplace").decode()
+    if len(text) > LONGEST:
+        half = LONGEST // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return text
+
+
+def complain(program, error):
+    """Print one line on standard error, if there is one."""
+    if sys.stderr is None:  # closed by whoever started the process
+        return
+    with contextlib.suppress(OSError, ValueError):  # a closed terminal
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+
+
+def exit_status(program, function, *, flags=str):
+    """Call `function`, a command's main, and return the exit status: its own (None is 0), or what its exception means.
+
+    `flags` turns a message that begins with an argument's name into one that begins with the flag.
+    """
+    try:
+        with raised_signals():
+            return function() or 0
+    except SystemExit as stop:  # argparse has printed why
+        return stop.code
+    except Interrupted as stop:
+        return 128 + stop.number
+    except BrokenPipeError:  # ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if distributed.rank() == 0:  # all processes see the same mistake
+            complain(program, flags(str(error)))
+        return 2
+    except Failed as error:
+        complain(program, flags(str(error)))
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        complain(program, "out of memory: lower --batch-size, or make the model or the images smaller")
+        return 1
+
+
+@contextlib.contextmanager
+def while_training(args):
+    """What goes wrong in this context is a failure of a run that has begun: raises Failed."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Failed(error) from None
+    except (RuntimeError, MemoryError) as error:
+        if devices.is_out_of_memory(error):
+            remedy = f"lower it, or raise --accum (now {args.accum}), or make the model smaller"
+            raise Failed(f"out of memory with --batch-size {args.batch_size}: {remedy}") from None
+        if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise Failed(f"--compile doesn't work here, use --no-compile: {str(error)[:300]}") from None
+        if distributed.world_size() > 1:  # most likely another process has ended
+            raise Failed(f"process {distributed.rank()} stops: {error}") from None
+        raise
+
+
+def ending_signals():
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, kill, a lost connection; Windows lacks the last
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def handled(handler):
+    """Call handler(number) for each signal that asks the process to end; afterwards the old rule holds again."""
+    old = {}
+    try:
+        for number in ending_signals():
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish
+                old[number] = signal.signal(number, lambda number, frame: handler(number))
+    except ValueError:  # not in the main thread: whoever started it looks after signals
+        pass
+    try:
+        yield
+    finally:
+        for number, rule in old.items():
+            signal.signal(number, rule)
+
+
+@contextlib.contextmanager
+def raised_signals():
+    """Within this context a signal raises Interrupted."""
+
+    def interrupt(number):
+        raise Interrupted(number)
+
+    with handled(interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def caught_signals():
+    """A list that gets the number of the first signal, so that training can save and end. A second one kills.
+
+    Under torchrun it doesn't: that passes a Ctrl-C on to processes that have had it from the terminal already.
+    """
+    caught = []
+
+    def note(number):
+        caught.append(number)
+        if distributed.world_size() == 1:
+            for one in ending_signals():
+                signal.signal(one, signal.SIG_DFL)
+
+    with handled(note):
+        yield caught

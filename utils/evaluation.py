@@ -1,0 +1,55 @@
+"""Mean loss and accuracy of a model on a split."""
+
+import augment
+import torch
+
+import losses
+from utils import arguments, checkpoints, devices, distributed, models
+
+BATCH = 500
+
+
+@torch.inference_mode()
+def evaluate(model, split, dataset, device, precision, *, loss="ce", tta=False, flip=False):
+    """Mean loss and accuracy over all images of a split, the same in any number of processes."""
+    model.eval()
+    loss_of = losses.parse(loss)
+    totals = devices.totals(device)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    batches = augment.batches(split, BATCH, dataset.mean, dataset.std, device, first=rank, every=world_size)
+    for images, labels in batches:
+        with devices.autocast(device, precision):
+            logits = augment.tta(model, images, flip=flip) if tta else model(images)
+        logits = logits.float()
+        totals[0] += loss_of(logits, labels).to(totals.dtype) * len(labels)
+        totals[1] += (logits.argmax(1) == labels).sum()
+        totals[2] += len(labels)
+    loss_sum, correct, images = distributed.all_reduce(totals).tolist()
+    return loss_sum / images, correct / images
+
+
+def test_line(dataset, loss, acc, tta, note=""):
+    notes = [dataset.name, f"{len(dataset.test.labels):,} images"]
+    if tta:
+        notes.append("with TTA")
+    if note:
+        notes.append(note)
+    return f"test acc {acc:.4f}  loss {loss:.4f}  ({', '.join(notes)})"
+
+
+def test_checkpoint(args):
+    """--eval: print the test accuracy of a saved checkpoint."""
+    known = {"eval", "model", "data", "data_dir", "device", "amp"}
+    arguments.reject_idle(args, args.given - known, "with --eval")
+    checkpoint = checkpoints.load(args.eval)
+    if "model" in args.given and args.model != checkpoint["model"]:
+        raise ValueError(f"{args.eval} holds a {checkpoint['model']}, not --model {args.model}")
+    options = {"data": "shapes", "loss": "ce", "tta": False, "flip": False, "amp": "auto"} | checkpoint["args"]
+    name = args.data if "data" in args.given else options["data"]
+    dataset = models.dataset_for(checkpoint, name, args.data_dir, args.eval)
+    device = distributed.local_device(devices.choose_device(args.device))
+    precision = devices.choose_precision(args.amp if "amp" in args.given else options["amp"], device)
+    model = models.rebuild(checkpoint).to(device)
+    how = {name: options[name] for name in ("loss", "tta", "flip")}
+    loss, acc = evaluate(model, dataset.test, dataset, device, precision, **how)
+    print(test_line(dataset, loss, acc, how["tta"]))

@@ -1,0 +1,110 @@
+"""The models by name, and how to get one back from a file."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+import cnn_cifar10
+import data
+import mlp_mnist
+import vit
+from utils import checkpoints, distributed
+
+# A model is a keyword-only nn.Module in a file with RECIPE, add_args(parser) and build(args, *, image_size, channels,
+# num_classes). To add one, name its file and its class here. Its class needs
+#   model_args                 the keywords that built it: checkpoints hold them
+#   head                       the last layer, left out when another model's weights with other classes are loaded
+# and may have
+#   whiten(images)             set the first layer by normalised training images, before training
+#   fixed                      names of the parameters that whiten freezes
+#   layer_of(name)             the layer of a parameter, counted from the input, for layer-wise learning rates
+#   no_weight_decay            names of parameters to spare besides biases and norms
+#   resize_positions(state)    adapt a state dict that was trained at another image size
+MODELS = {"mlp": mlp_mnist, "cnn": cnn_cifar10, "vit": vit}
+CLASSES = {"mlp": mlp_mnist.MLP, "cnn": cnn_cifar10.CNN, "vit": vit.ViT}
+
+
+def rebuild(checkpoint: dict) -> torch.nn.Module:
+    """The trained model of a checkpoint, on the CPU. Raises ValueError if it can't be built."""
+    name = checkpoint["model"]
+    if name not in CLASSES:
+        raise ValueError(f"the checkpoint's model {name!r} is unknown: choose from {', '.join(CLASSES)}")
+    sizes = checkpoint["model_args"]
+    described = (checkpoint["image_size"], checkpoint["channels"], len(checkpoint["classes"]))
+    if (sizes.get("image_size"), sizes.get("channels"), sizes.get("num_classes")) != described:
+        raise ValueError(f"the checkpoint contradicts itself: a model of {sizes} for images and classes {described}")
+    try:
+        with torch.device("meta"):  # takes no memory, however large the sizes that the file claims
+            model = CLASSES[name](**sizes)
+        expected = model.state_dict()
+        for key, tensor in checkpoint["state_dict"].items():
+            if key in expected and tensor.dtype != expected[key].dtype:
+                raise ValueError(f"{key} is {tensor.dtype}")
+        model.load_state_dict(checkpoint["state_dict"], assign=True)
+    except (ArithmeticError, LookupError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the checkpoint's weights don't fit its model {name}: {str(error)[:200]}") from None
+    return model
+
+
+def read_init(path, model: str) -> dict:
+    """What --init starts from, with keys model_args, state_dict and classes: a checkpoint, or a vit_* of timm."""
+    content = checkpoints.load(path, keys={})
+    if content.keys() >= checkpoints.KEYS.keys():
+        content = checkpoints.load(path)  # now all of it is looked at
+        if content["model"] != model:
+            raise ValueError(f"--init {path} holds a {content['model']}, not a {model}: use --model {content['model']}")
+        return content
+    if model != "vit":
+        raise ValueError(f"--init {path} is not a checkpoint of train.py; weights of timm need --model vit")
+    try:
+        model_args, state = vit.from_timm(content)
+    except ValueError as error:
+        raise ValueError(f"--init {path} is not a checkpoint of train.py, and {error}") from None
+    return {"model_args": model_args, "state_dict": state, "classes": None}
+
+
+def check_same_kind(checkpoint: dict, path, classes: list, images: torch.Tensor):
+    """Raise ValueError unless a checkpoint's model knows these classes and images of this shape."""
+    size, channels = checkpoint["image_size"], checkpoint["channels"]
+    if checkpoint["classes"] != list(classes):
+        raise ValueError(f"{path} knows other classes: {few(checkpoint['classes'])}; here are {few(classes)}")
+    if images.shape[1:] != (channels, size, size):
+        found = "x".join(str(n) for n in images.shape[1:])
+        raise ValueError(f"{path} knows images of {channels}x{size}x{size}, these are {found}")
+
+
+def few(names) -> str:
+    """The first of many names."""
+    names = [str(name)[:40] for name in names]
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+def load_teacher(path, dataset, device, autocast):
+    """A function from normalised images to a trained model's logits, for distillation.
+
+    The model sees the images normalised as it knows them. Raises ValueError if it knows others.
+    """
+    checkpoint = checkpoints.load(path)
+    check_same_kind(checkpoint, f"--teacher {path}", dataset.classes, dataset.train.images)
+    model = rebuild(checkpoint).to(device).eval().requires_grad_(False)
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (dataset.mean, dataset.std))
+    its_mean, its_std = (torch.tensor(checkpoint[k], device=device)[:, None, None] for k in ("mean", "std"))
+    scale = std / its_std
+    shift = (mean - its_mean) / its_std
+
+    def teacher(images):
+        with torch.no_grad(), autocast():
+            logits = model(images * scale + shift)
+        return logits.float()
+
+    return teacher
+
+
+def dataset_for(checkpoint, name, data_dir, path="the checkpoint"):
+    """Load a dataset with a checkpoint's mean and std. Raises ValueError if its classes or sizes differ."""
+    size = checkpoint["image_size"] if Path(name).is_dir() else None
+    dataset = distributed.on_local_main(lambda: data.load(name, data_dir, img_size=size))
+    check_same_kind(checkpoint, path, dataset.classes, dataset.test.images)
+    return dataclasses.replace(dataset, mean=checkpoint["mean"], std=checkpoint["std"])

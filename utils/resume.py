@@ -1,0 +1,111 @@
+"""What best.pt and last.pt hold, and how a run goes on from there."""
+
+from pathlib import Path
+
+from utils import arguments, checkpoints, devices, distributed, models, run_folder
+
+
+def best_content(run, progress) -> dict:
+    """What best.pt holds: enough to build the model again and to predict with it."""
+    _, channels, image_size, _ = run.dataset.train.images.shape
+    return {
+        "model": run.args.model,
+        "model_args": run.model.model_args,
+        "state_dict": run.eval_model.state_dict(),
+        "classes": run.dataset.classes,
+        "image_size": image_size,
+        "channels": channels,
+        "mean": run.dataset.mean,
+        "std": run.dataset.std,
+        "epoch": len(progress.history),
+        "metrics": progress.history[-1] if progress.history else {},
+        "args": arguments.plain(run.args),
+    }
+
+
+def last_content(run, progress) -> dict:
+    """What last.pt holds: the same for the latest step, and all that a resumed run needs to go on bit for bit.
+
+    To be called in all processes.
+    """
+    ema = {"trained": run.model.state_dict(), "updates": run.ema.updates} if run.ema else {}
+    return {
+        **best_content(run, progress),
+        "step": progress.step,
+        "history": progress.history,
+        "seconds": progress.seconds,
+        "totals": distributed.all_reduce(progress.totals),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "ema": ema,
+        "rng": distributed.all_gather(devices.rng_state(run.device)),
+        "images": run.fingerprint,
+    }
+
+
+def restore(run, progress, checkpoint: dict):
+    """Put everything back as last.pt holds it. Raises ValueError if it doesn't fit."""
+    dataset = run.dataset
+    try:
+        if (checkpoint["model"], checkpoint["model_args"]) != (run.args.model, run.model.model_args):
+            raise ValueError(f"it holds a {checkpoint['model']} of {checkpoint['model_args']}")
+        models.check_same_kind(checkpoint, "it", dataset.classes, dataset.train.images)
+        if (checkpoint["mean"], checkpoint["std"]) != (dataset.mean, dataset.std):
+            raise ValueError(f"its images had mean {checkpoint['mean']} and std {checkpoint['std']}")
+        if checkpoint["step"] >= run.total_steps and not checkpoint["history"]:
+            raise ValueError(f"--epochs {run.args.epochs:g} end before its step {checkpoint['step']}")
+        if checkpoint["images"] != run.fingerprint:
+            raise ValueError("the training images or labels are not those that it was trained on")
+        if run.ema:
+            run.ema.load_state_dict({"model": checkpoint["state_dict"], "updates": checkpoint["ema"]["updates"]})
+        run.model.load_state_dict(checkpoint["ema"]["trained"] if run.ema else checkpoint["state_dict"])
+        run.optimizer.load_state_dict(checkpoints.optimizer_state(run.optimizer, checkpoint["optimizer"]))
+        for state in run.optimizer.state.values():
+            if "mu_product" in state:  # NAdam reads this number in every step: on the GPU it would wait for it
+                state["mu_product"] = state["mu_product"].cpu()
+        if checkpoint["scaler"]:  # a run in bf16 may go on in fp16, where the device has nothing else
+            run.scaler.load_state_dict(checkpoint["scaler"])
+        if distributed.rank() < len(checkpoint["rng"]):
+            devices.restore_rng(checkpoint["rng"][distributed.rank()], run.device)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"--resume can't go on with this file and these images: {str(error)[:200]}") from None
+    if distributed.rank() == 0:  # they are those of all processes
+        progress.totals.copy_(checkpoint["totals"])
+    progress.step = checkpoint["step"]
+    progress.history = checkpoint["history"]
+    progress.seconds = checkpoint["seconds"]
+
+
+def open_folder(run, progress, best: dict | None) -> run_folder.RunFolder:
+    """Open the run's folder. A resumed run goes on in its own, unless --out names another one.
+
+    `best` is the row of the best epoch so far. Raises ValueError if its best.pt isn't there.
+    """
+    args, history = run.args, progress.history
+    default = Path("runs") / f"{args.model}-{run.dataset.name}-{args.opt}-{args.sched}"
+    if not args.resume:
+        return run_folder.open_folder(args.out, default)
+    before, kept = Path(args.resume).parent, None
+    moved = args.out is not None and Path(args.out).resolve() != before.resolve()
+    if best and best["step"] < progress.step:  # else last.pt holds the best epoch itself
+        kept = distributed.on_main(lambda: checkpoints.load(before / "best.pt"))
+        if kept["metrics"] != best or kept["model_args"] != run.model.model_args:
+            raise ValueError(f"{before / 'best.pt'} is not the best epoch of --resume {args.resume}: put its own back")
+    folder = run_folder.open_folder(args.out if moved else before, default, going_on=not moved)
+    if history:  # a run that was killed after last.pt has not written these
+        folder.write_metrics(history)
+        if kept and moved:
+            folder.save("best.pt", kept)
+        elif not kept and best is history[-1]:
+            folder.save("best.pt", best_content(run, progress))
+    return folder
+
+
+def changes(args, checkpoint: dict) -> str:
+    """A line on where a resumed run goes on, and what is not as it was."""
+    line = f"going on after step {checkpoint['step']:,} of {args.resume}"
+    for name, old in checkpoint["args"].items():
+        new = getattr(args, name)
+        if name in args.given and name != "resume" and new != old:
+            line += f", {arguments.flag_name(name)} {old} -> {new}"
+    return line
