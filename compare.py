@@ -1,0 +1,262 @@
+"""Which is better here? Train several variants with several seeds, and rank them by validation.
+
+    python compare.py --model mlp --epochs 5 --vary opt=sgd,adam,adamw --vary lr=0.1,0.001 --runs 3 --out runs/opts
+    python compare.py --case "adam: --opt adam --lr 3e-4" --case "adamw: --opt adamw --lr 1e-4" --out runs/adam
+    python compare.py @lessons/warm-up.args
+
+--vary makes a grid, --case names a variant; every other flag is one of train.py and holds for all. Each variant and
+seed is an ordinary run in a folder under --out. The same command again goes on where it was: what is finished isn't
+run again, what was interrupted is resumed. A run that fails is reported, and the others go on.
+
+It ends with a table, compare.json, compare.md and compare.png. The test set stays closed for all but the winner, unless
+--test all opens it for every variant: whoever picks the best of many by their test accuracy reports too good a number.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import plot
+import train
+from utils import arguments, checkpoints, devices, errors, evaluation, models, repeat, run_folder
+
+TEST_NOTE = {
+    "winner": "The test set was read for the winner by validation alone.",
+    "all": "The test set was read for every variant: the best of these test accuracies is too good a number.",
+    "none": "The test set was not read.",
+}
+
+
+def make_parser():
+    parser = arguments.Parser(
+        "compare.py",
+        description="Train several variants with several seeds, and rank them by validation.",
+        epilog="Every other flag is one of train.py, and holds for all variants.",
+    )
+    flag = parser.add_argument
+    flag("--vary", action="append", default=[], metavar="FLAG=A,B", help="a grid; A;B where values have commas")
+    flag("--case", action="append", default=[], metavar='"NAME: FLAGS"', help="a variant by name; repeatable")
+    flag("--runs", type=int, default=1, metavar="N", help="seeds of each variant (%(default)s)")
+    flag("--seed", type=int, default=0, metavar="N", help="the first of them (%(default)s)")
+    flag("--test", choices=TEST_NOTE, default="winner", help="for whom the test set is opened (%(default)s)")
+    flag("--out", required=True, metavar="DIR", help="folder of the runs, the table and the plot")
+    return parser
+
+
+def variants_of(own):
+    """The variants as name -> flags. Raises ValueError for what can't be understood."""
+    variants = {}
+    grid = []
+    for text in own.vary:
+        name, equals, values = text.partition("=")
+        if not equals or not values:
+            raise ValueError(f'--vary {text} must be a flag and its values, as in --vary "lr=0.1,0.01"')
+        grid.append([(name, value.strip()) for value in values.split(";" if ";" in values else ",")])
+    if grid:
+        for chosen in itertools.product(*grid):
+            words, flags = [], []
+            for name, value in chosen:
+                words.append(f"{name.replace('-', ' ')} {value}")
+                flags += flags_of(name, value)
+            variants[", ".join(words)] = flags
+    for text in own.case:
+        name, colon, flags = text.partition(":")
+        if not colon or not name.strip():
+            raise ValueError(f'--case {text} must be a name and its flags, as in --case "adam: --opt adam"')
+        variants[name.strip()] = arguments.split_flags(flags)
+    if len(variants) < 2:
+        raise ValueError("there is nothing to compare: give --vary FLAG=A,B, or two or more --case")
+    folders = {folder_name(name) for name in variants}
+    count = len(own.case) + (math.prod(len(values) for values in grid) if grid else 0)
+    if len(variants) < count or len(folders) < count:
+        raise ValueError("two variants have the same name: every --case and value needs its own")
+    return variants
+
+
+def flags_of(name, value):
+    """lr, 0.1 -> --lr 0.1; of a flag without a value, on -> --flip, off -> --no-flip."""
+    flag = "--" + name.replace("_", "-")
+    if value == "on":
+        return [flag]
+    if value == "off":
+        return [f"--no-{flag[2:]}"]
+    return [flag, value]
+
+
+def folder_name(name):
+    return re.sub(r"[^A-Za-z0-9.+*-]+", "-", name).strip("-.") or "case"
+
+
+def run_one(name, args):
+    """One run, silent but for what goes wrong. Returns (result or None, exit status)."""
+    result = None
+
+    def work():
+        nonlocal result
+        result, status = repeat.run_seed(args, train.run_once)
+        return status
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        status = errors.exit_status(f"compare.py: {name}", work, flags=arguments.as_flags)
+    return result, status
+
+
+def run_all(variants, parsed):
+    """Run every variant and seed. Returns name -> results, name -> number of failures, and the signal's status or 0."""
+    results, failures = {name: [] for name in variants}, dict.fromkeys(variants, 0)
+    total, done, spent = sum(len(runs) for runs in parsed.values()), 0, []
+    for name, runs in parsed.items():
+        for args in runs:
+            start = time.perf_counter()
+            result, status = run_one(name, args)
+            done += 1
+            if status > 128:
+                print("interrupted: the same command goes on from here", flush=True)
+                return results, failures, status
+            seconds = time.perf_counter() - start
+            if seconds > 0.5:  # what was finished before tells nothing of the time that is left
+                spent.append(seconds)
+            left = statistics.fmean(spent) * (total - done) if spent else 0.0
+            if status or result["best_val_acc"] is None:
+                failures[name] += 1
+                said = f"failed ({result['stopped']})" if result else "failed"
+            else:
+                results[name].append(result)
+                said = f"val acc {result['best_val_acc']:.4f}"
+            clock = run_folder.clock(left)
+            print(f"{done}/{total}  {name}, seed {args.seed}: {said}, {seconds:.1f} s, {clock} left", flush=True)
+    return results, failures, 0
+
+
+def test(result):
+    """The test accuracy of a finished run, from its best.pt."""
+    path = Path(result["folder"], "best.pt")
+    checkpoint = checkpoints.load(path)
+    args = checkpoint["args"]
+    dataset = models.dataset_for(checkpoint, args["data"], args["data_dir"], path)
+    device = devices.choose_device(args["device"])
+    precision = devices.choose_precision(args["amp"], device)
+    model = models.rebuild(checkpoint).to(device)
+    options = {name: args[name] for name in ("loss", "tta", "flip")}
+    return evaluation.evaluate(model, dataset.test, dataset, device, precision, **options)[1]
+
+
+def mean_and_std(values):
+    """As (mean, standard deviation), the latter None for less than two."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def rank(results, failures, variants):
+    """A row for each variant, the best by mean validation accuracy first."""
+    rows = []
+    for name, runs in results.items():
+        row = {"name": name, "flags": variants[name], "n": len(runs), "failed": failures[name]}
+        if runs:
+            row["val_acc"], row["val_acc_std"] = mean_and_std([run["best_val_acc"] for run in runs])
+            row["best_epoch"] = statistics.fmean(run["best_epoch"] for run in runs)
+            row["seconds"] = statistics.fmean(run["train_seconds"] for run in runs)
+            row["train_acc"] = statistics.fmean(run["train_acc"] for run in runs)
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row.get("val_acc", -1.0))
+
+
+def percent(mean, std):
+    return f"{100 * mean:.2f}" if std is None else f"{100 * mean:.2f} ± {100 * std:.2f}"
+
+
+def table(rows):
+    """The rows as Markdown."""
+    lines = [
+        "| variant | validation accuracy, % | n | training accuracy, % | best epoch | seconds | test accuracy, % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        failed = f", {row['failed']} failed" if row["failed"] else ""
+        if not row["n"]:
+            lines.append(f"| {row['name']} | - | 0{failed} | - | - | - | - |")
+            continue
+        val = percent(row["val_acc"], row["val_acc_std"])
+        tested = percent(row["test_acc"], row["test_acc_std"]) if "test_acc" in row else "-"
+        cells = [f"{100 * row['train_acc']:.2f}", f"{row['best_epoch']:.3g}", f"{row['seconds']:.1f}", tested]
+        lines.append(f"| {row['name']} | {val} | {row['n']}{failed} | {' | '.join(cells)} |")
+    return lines
+
+
+def draw(rows, results, path):
+    """The curves of the best variants, as many as there are colours. Returns a note on what isn't drawn, or ''."""
+    drawn = [row["name"] for row in rows if row["n"]][: len(plot.COLOURS)]
+    curves = {}
+    for name in drawn:
+        curves[name] = [row for result in results[name] for row in plot.read(result["folder"])]
+    try:
+        plot.draw(curves, path, best=dict.fromkeys(curves))
+    except ImportError:
+        return "no compare.png: pip install matplotlib"
+    left = sum(1 for row in rows if row["n"]) - len(drawn)
+    return f"compare.png shows the best {len(drawn)}, {left} more are in the table" if left else ""
+
+
+def command(argv):
+    own, rest = make_parser().parse_known_args(argv)
+    if own.runs < 1:
+        raise ValueError(f"--runs {own.runs} must be >= 1")
+    variants, out = variants_of(own), Path(own.out)
+    parsed = {}
+    for name, flags in variants.items():  # all of them, before anything is run
+        parsed[name] = []
+        for seed in range(own.seed, own.seed + own.runs):
+            folder = out / folder_name(name) / f"seed-{seed}"
+            more = ["--seed", str(seed), "--no-test", "--out", str(folder)]
+            args, _ = arguments.parse([*rest, *flags, *more], "compare.py")
+            if args.val_split == 0:
+                raise ValueError(f"{name}: there is nothing to rank by with --val-split 0: hold some images out")
+            parsed[name].append(args)
+
+    results, failures, status = run_all(variants, parsed)
+    if status:
+        return status
+    for runs in results.values():
+        for result in runs:
+            result["folder"] = result["args"]["out"] or str(Path(result["args"]["resume"]).parent)
+            result["train_acc"] = plot.read(result["folder"])[-1]["train_acc"]
+    rows = rank(results, failures, variants)
+    for place, row in enumerate(rows):
+        if row["n"] and (own.test == "all" or (own.test == "winner" and place == 0)):
+            row["test_acc"], row["test_acc_std"] = mean_and_std([test(result) for result in results[row["name"]]])
+
+    lines = [*table(rows), "", TEST_NOTE[own.test]]
+    if note := draw(rows, results, out / "compare.png"):
+        lines.append(note)
+    one = next((runs[0] for runs in results.values() if runs), {})
+    content = {
+        "command": run_folder.command(),
+        "flags": rest,
+        "data": one.get("data"),
+        "device": one.get("device"),
+        "amp": one.get("amp"),
+        "torch": one.get("torch"),
+        "commit": run_folder.commit(),
+        "test": own.test,
+        "seeds": [own.seed + i for i in range(own.runs)],
+        "variants": rows,
+    }
+    checkpoints.write((json.dumps(content, indent=1) + "\n").encode(), out / "compare.json")
+    checkpoints.write(("\n".join([f"`{run_folder.command()}`", "", *lines]) + "\n").encode(), out / "compare.md")
+    print("\n".join(["", *lines]))
+    print(f"wrote compare.json, compare.md and compare.png to {out}")
+    return 1 if any(failures.values()) else 0
+
+
+def main(argv=None):
+    return errors.exit_status("compare.py", lambda: command(argv), flags=arguments.as_flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""compare.py: variants and seeds, what is run again, what is reported, for whom the test set is opened."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY_MLP, halt
+
+import compare
+import plot
+import train
+from utils import checkpoints, evaluation
+
+BASE = [*TINY_MLP, "--val-split", "0.3"]
+
+
+def compared(*argv):
+    return compare.main([str(a) for a in argv])
+
+
+def content(out):
+    return json.loads(Path(out, "compare.json").read_text())
+
+
+def drawn(monkeypatch):
+    """The names of the curves that are drawn."""
+    names = []
+    monkeypatch.setattr(plot, "draw", lambda runs, path, best: (names.extend(runs), Path(path).write_bytes(b"plot")))
+    return names
+
+
+def test_a_grid_and_cases_are_ranked_by_validation(tiny, monkeypatch, capsys):
+    names = drawn(monkeypatch)
+    assert compared(*BASE, "--vary", "opt=sgd,adamw", "--vary", "lr=0.1,0.001", "--runs", 2, "--out", "c") == 0
+    said = capsys.readouterr().out
+    rows = content("c")["variants"]
+    assert {row["name"] for row in rows} == {f"opt {opt}, lr {lr}" for opt in ("sgd", "adamw") for lr in (0.1, 0.001)}
+    assert [row["val_acc"] for row in rows] == sorted((row["val_acc"] for row in rows), reverse=True)
+    assert all(row["n"] == 2 and row["failed"] == 0 for row in rows)
+    results = [json.loads(path.read_text()) for path in Path("c").glob("*/seed-*/result.json")]
+    assert len(results) == 8 and all(result["test_acc"] is None for result in results)
+    best = rows[0]
+    flags = [["--opt", r["args"]["opt"], "--lr", str(r["args"]["lr"])] for r in results]
+    own = [r["best_val_acc"] for r, chosen in zip(results, flags, strict=True) if chosen == best["flags"]]
+    assert best["val_acc"] == pytest.approx(sum(own) / 2)
+    assert "1/8" in said and "8/8" in said and best["name"] in Path("c/compare.md").read_text()
+    assert set(names) >= {row["name"] for row in rows}
+
+
+def test_the_test_set_is_opened_for_the_winner_alone(tiny, monkeypatch):
+    drawn(monkeypatch)
+    real, read = evaluation.evaluate, []
+
+    def evaluate(model, split, *rest, **options):
+        if len(split.labels) == 40:
+            read.append(1)
+        return real(model, split, *rest, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    cases = ["--case", "high: --lr 0.01", "--case", "low: --lr 1e-6", "--runs", 2]
+    assert compared(*BASE, *cases, "--out", "c") == 0
+    rows = content("c")["variants"]
+    assert len(read) == 2 and "test_acc" in rows[0] and "test_acc" not in rows[1]
+    assert compared(*BASE, *cases, "--out", "c", "--test", "all") == 0  # nothing is run again
+    assert len(read) == 6 and all("test_acc" in row for row in content("c")["variants"])
+    assert "too good" in Path("c/compare.md").read_text()
+    assert compared(*BASE, *cases, "--out", "c", "--test", "none") == 0
+    assert len(read) == 6 and not any("test_acc" in row for row in content("c")["variants"])
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(tiny, monkeypatch, capsys):
+    drawn(monkeypatch)
+    cases = ["--case", "a: --lr 0.01", "--case", "b: --lr 0.001", "--epochs", 3]
+    assert compared(*BASE, *cases, "--out", "straight") == 0
+    with monkeypatch.context() as patch:
+        halt(patch, 8)
+        assert compared(*BASE, *cases, "--out", "c") == 130
+    assert "goes on from here" in capsys.readouterr().out and not Path("c/compare.json").exists()
+    assert compared(*BASE, *cases, "--out", "c") == 0
+    a, b = content("c")["variants"], content("straight")["variants"]
+    timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in (*a, *b)]
+    assert timeless[:2] == timeless[2:]
+    monkeypatch.setattr(train, "train", None)  # a third time, nothing is trained
+    assert compared(*BASE, *cases, "--out", "c") == 0
+
+
+def test_a_failed_run_is_reported_and_the_others_go_on(tiny, monkeypatch, capsys):
+    drawn(monkeypatch)
+    cases = ["--case", "good: --lr 0.01", "--case", "bad: --opt sgd --lr 1e30 --warmup-epochs 0"]
+    assert compared(*BASE, *cases, "--epochs", 2, "--out", "c") == 1
+    rows = content("c")["variants"]
+    assert [row["name"] for row in rows] == ["good", "bad"] and rows[1]["failed"] == 1 and rows[1]["n"] == 0
+    assert "failed (non-finite loss)" in capsys.readouterr().out
+    assert "1 failed" in Path("c/compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--vary", "lr=0.1"],
+        ["--vary", "lr"],
+        ["--case", "one: --lr 0.1"],
+        ["--case", "--lr 0.1", "--case", "b: --lr 1"],
+        ["--case", "a: --lr 0.1", "--case", "a: --lr 1"],
+        ["--case", "a: --lr 0.1", "--case", "b: --lr nan"],
+        ["--case", "a: --lr 0.1", "--case", 'b: --lr "1'],
+        ["--vary", "opt=sgd,adamax"],
+        ["--vary", "lr=0.1,0.2", "--runs", "0"],
+        ["--vary", "lr=0.1,0.2", "--val-split", "0"],
+        ["--vary", "lr=0.1,0.2", "--colour", "red"],
+    ],
+    ids=str,
+)
+def test_wrong_comparisons_are_one_line_before_anything_runs(wrong, tiny, capsys):
+    assert compared(*BASE, *wrong, "--out", "c") == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "compare.py: error: " in said and not Path("c").exists()
+
+
+def test_a_folder_with_other_runs_is_rejected(tiny, monkeypatch, capsys):
+    drawn(monkeypatch)
+    cases = ["--case", "a: --lr 0.01", "--case", "b: --lr 0.001"]
+    assert compared(*BASE, *cases, "--out", "c") == 0
+    before = checkpoints.load("c/a/seed-0/best.pt")["epoch"]
+    assert compared(*BASE, *cases, "--batch-size", 32, "--out", "c") == 1
+    assert "holds runs with another --batch-size" in capsys.readouterr().err
+    assert checkpoints.load("c/a/seed-0/best.pt")["epoch"] == before
