@@ -25,7 +25,7 @@ for section in "${@:-tests card bench short long}"; do
     for part in $section; do
         case $part in
         tests)
-            python3 -m pytest -q test_smoke.py
+            python3 -m pytest -q
             python3 diagnose.py --model vit --data "$data/cifar10-images" --data-dir "$data"
             gpus=$(python3 -c "import torch; print(torch.cuda.device_count())") # NCCL is used from two on
             rm -rf runs/nccl

@@ -1,57 +1,134 @@
-"""Tests: documents."""
+"""Every number on a page is that of a file that a run wrote, and every command on a page is one that exists."""
 
-import importlib.util
 import json
+import re
 
+import pytest
 from conftest import HERE
 
+import bench
+import compare
+import diagnose
+import predict
+from utils import arguments
+
 RESULTS = HERE / "results"
+DATASETS = {"cifar10-images": "CIFAR-10 as JPEG", "mnist": "MNIST", "shapes": "`shapes`"}
 
 
-def results_table():
-    """The rows of README's table of figures, made from the files that runs wrote."""
-    names = {"cifar10-images": "CIFAR-10 as JPEG", "mnist": "MNIST", "shapes": "`shapes`"}
+def accuracy(result):
+    text = f"{100 * result['test_acc']:.2f} %"
+    if "n" in result:
+        text += f" ± {100 * result['test_acc_std']:.2f}, n = {result['n']}"
+    return text + (", with TTA" if result["args"]["tta"] else "")
+
+
+def seconds(result):
+    taken = result["train_seconds"]
+    return f"{taken:.1f} s" if taken < 10 else f"{taken:,.0f} s"
+
+
+def results_rows():
     for path in sorted(RESULTS.glob("runs/*.json")):
         result = json.loads(path.read_text())
-        command, acc = result["command"].removeprefix("python "), f"{100 * result['test_acc']:.2f} %"
-        if "n" in result:
-            acc += f" ± {100 * result['test_acc_std']:.2f}, n = {result['n']}"
-        if result["args"]["tta"]:
-            acc += ", mean of views"
-        file, seconds = f"[{path.stem}](results/runs/{path.name})", result["train_seconds"]
-        took = f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s"
-        yield f"| `{command}` | {names[result['data']]} | {acc} | {took} | {file} |"
+        command = result["command"].removeprefix("python ")
+        cells = [f"[{path.stem}](runs/{path.name})", DATASETS[result["data"]], accuracy(result), seconds(result)]
+        yield f"| {' | '.join(cells)} | `{command}` |"
 
 
-def test_figures_of_the_readme_are_those_of_the_result_files():
-    text, rows = (HERE / "README.md").read_text(), list(results_table())
-    assert rows and all(row in text for row in rows), "README.md should have these rows:\n" + "\n".join(rows)
-    assert text.count("](results/runs/") == len(rows)
+def test_results_are_those_of_the_files():
+    text, rows = (RESULTS / "README.md").read_text(), list(results_rows())
+    assert rows and all(row in text for row in rows), "results/README.md should have:\n" + "\n".join(rows)
+    assert text.count("](runs/") == len(rows)
 
 
-def speed_table():
-    """The rows of README's table of speeds, made from what bench.py wrote, and the times to an accuracy."""
+def test_the_rows_of_the_front_page_are_those_of_the_files():
+    rows = re.findall(r"^\| .+ \| (.+) \| \[(.+)\]\(results/(runs/.+\.json)\) \| (.+) \| .+ \|$", readme(), re.M)
+    assert len(rows) == 5
+    for data, acc, path, took in rows:
+        result = json.loads((RESULTS / path).read_text())
+        assert (data, acc, took) == (DATASETS[result["data"]], accuracy(result), seconds(result)), path
+
+
+def readme():
+    return (HERE / "README.md").read_text()
+
+
+def test_the_recipes_of_the_front_page_have_the_arguments_of_their_files():
+    """All but the name of the folder and the number of seeds."""
+    pairs = re.findall(r"\(results/(runs/.+?\.json)\).+`python train.py @(recipes/.+?\.args)`", readme())
+    assert len(pairs) == 5
+    for path, recipe in pairs:
+        args = json.loads((RESULTS / path).read_text())["args"]
+        ours = arguments.plain(arguments.parse([f"@{HERE / recipe}"])[0])
+        free = {"out", "runs", "data", "data_dir", "seed"}
+        ours = json.loads(json.dumps(ours))  # tuples become lists
+        odd = [name for name in args if name in ours and name not in free and args[name] != ours[name]]
+        assert not odd, (recipe, odd)
+
+
+def speed_rows():
     for path in sorted(RESULTS.glob("bench-cpu-*.json")):
         for name, one in json.loads(path.read_text()).items():
             if isinstance(one, dict):
-                *textbook, ours, _ = one["images_per_second"].values()
-                rate, share = one["flops_per_second"] / 1e9, one["flops_per_second"] / one["matrix_flops_per_second"]
-                row = f"| `{name}` | {max(textbook):,.0f} | {ours:,.0f} | {one['b_over_a']:.1f} | {one['b_over_c']:.2f}"
-                row += f" | {rate:,.0f} GFLOP/s, {share:.0%} | {one['peak_memory_mb']:,.0f} MB |"
-                yield row
+                *baseline, ours, _ = one["images_per_second"].values()
+                flops, share = one["flops_per_second"] / 1e9, one["flops_per_second"] / one["matrix_flops_per_second"]
+                row = f"| `{name}` | {max(baseline):,.0f} | {ours:,.0f} | {one['b_over_a']:.1f} | {one['b_over_c']:.2f}"
+                yield f"{row} | {flops:,.0f} GFLOP/s, {share:.0%} | {one['peak_memory_mb']:,.0f} MB |"
     for name, one in json.loads((RESULTS / "until-cpu.json").read_text())["until"].items():
-        yield f"| {name} | {one['epochs']} | {one['seconds']:.1f} s |"
+        yield f"| {name.replace('textbook', 'DataLoader')} | {one['epochs']} | {one['seconds']:.1f} s |"
 
 
-def test_speeds_of_the_readme_are_those_of_bench():
-    text, rows = (HERE / "README.md").read_text(), list(speed_table())
-    assert len(rows) == 6 and all(row in text for row in rows), "README.md should have these rows:\n" + "\n".join(rows)
+def test_speeds_are_those_of_bench():
+    text, rows = (RESULTS / "README.md").read_text(), list(speed_rows())
+    assert len(rows) == 6 and all(row in text for row in rows), "results/README.md should have:\n" + "\n".join(rows)
 
 
-def test_figures_of_the_comparisons_are_those_of_the_result_files():
-    spec = importlib.util.spec_from_file_location("compare", RESULTS / "compare.py")
-    spec.loader.exec_module(compare := importlib.util.module_from_spec(spec))
-    text = (RESULTS / "COMPARISONS.md").read_text()
-    for name in compare.SETS:
-        rows = list(compare.table(name))
-        assert rows and "\n".join(rows) in text, f"COMPARISONS.md should have for {name}:\n" + "\n".join(rows)
+@pytest.mark.parametrize("path", sorted(HERE.glob("recipes/*.args")), ids=lambda path: path.stem)
+def test_every_recipe_is_understood_and_says_what_it_is_for(path):
+    assert path.read_text().startswith("# ")
+    args, _ = arguments.parse([f"@{path}"])
+    assert args.given
+
+
+def commands(text):
+    """The commands of a page, from code blocks and from code in sentences."""
+    found = re.findall(r"`(python \w+\.py[^`\n]*)`", text)
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        found += [line for line in block.splitlines() if line.startswith("python ")]
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "LESSONS.md", "results/README.md"])
+def test_every_command_of_a_page_is_understood(page, monkeypatch):
+    monkeypatch.chdir(HERE)
+    found = commands((HERE / page).read_text())
+    assert found
+    for line in found:
+        _, script, *argv = arguments.split_flags(line)
+        argv = [word.replace("path/to/folder", "tests") for word in argv if word != "..."]
+        if "--resume" in argv or "--help" in argv:
+            continue
+        if script == "train.py":
+            arguments.parse(argv)
+        elif script == "diagnose.py":
+            diagnose.parse_args(argv)
+        elif script == "predict.py":
+            predict.check(predict.make_parser().parse_intermixed_args(argv))
+        elif script == "bench.py":
+            bench.make_parser().parse_args(argv)
+        elif script == "compare.py":
+            own, rest = compare.make_parser().parse_known_args(argv)
+            for flags in compare.variants_of(own).values():
+                arguments.parse([*rest, *flags])
+        else:
+            assert (HERE / script).exists(), line
+
+
+@pytest.mark.parametrize("path", sorted(HERE.glob("lessons/*.args")), ids=lambda path: path.stem)
+def test_every_lesson_is_understood_and_says_what_it_asks(path):
+    assert path.read_text().startswith("# ")
+    own, rest = compare.make_parser().parse_known_args([f"@{path}"])
+    assert own.out == f"runs/lessons/{path.stem}"
+    for flags in compare.variants_of(own).values():
+        arguments.parse([*rest, *flags])
