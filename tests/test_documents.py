@@ -132,3 +132,16 @@ def test_every_lesson_is_understood_and_says_what_it_asks(path):
     assert own.out == f"runs/lessons/{path.stem}"
     for flags in compare.variants_of(own).values():
         arguments.parse([*rest, *flags])
+
+
+def test_every_lesson_has_its_table_its_plot_and_its_command():
+    text = (HERE / "LESSONS.md").read_text()
+    names = {path.stem for path in HERE.glob("lessons/*.args")}
+    assert names == {path.stem for path in RESULTS.glob("lessons/*.json")}
+    for name in names:
+        content = json.loads((RESULTS / "lessons" / f"{name}.json").read_text())
+        assert "\n".join(compare.table(content["variants"])) in text, name
+        assert f"`python compare.py @lessons/{name}.args`" in text and f"(results/lessons/{name}.png)" in text
+        assert (RESULTS / "lessons" / f"{name}.png").exists() and content["test"] == "winner"
+        own, _ = compare.make_parser().parse_known_args([f"@{HERE / 'lessons' / name}.args"])
+        assert {v["name"]: v["flags"] for v in content["variants"]} == compare.variants_of(own)
