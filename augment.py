@@ -59,7 +59,9 @@ def batches(
     steps = range(first, len(edges), every)
     per_chunk = 1 if key is None else max(1, CHUNK // batch_size)
     options = {"crop_pad": crop_pad, "flip": flip, "augment": augment, "erase": erase}
-    chunks = augmented_chunks(split, edges, steps, per_chunk, mean, std, device, key=key, **options)
+    chunks = augmented_chunks(
+        split, edges, steps, per_chunk, mean=mean, std=std, device=device, key=key, **options
+    )  # fmt: skip
     for chunk_steps, offset, chunk_images, chunk_labels in chunks:
         for step in chunk_steps:
             start, stop = edges[step]
@@ -72,7 +74,9 @@ def batches(
             yield images[own_start:own_stop], labels[own_start:own_stop]
 
 
-def augmented_chunks(split, edges, steps, per_chunk, mean, std, device, *, key, crop_pad, flip, augment, erase):
+def augmented_chunks(
+    split, edges, steps, per_chunk, *, mean, std, device, key, crop_pad, flip, augment, erase
+):  # fmt: skip
     """Yield (steps, offset, images, labels) of each chunk of `per_chunk` batches that has some of the steps.
 
     `offset` is the place of its first image in the epoch. Its random numbers depend on the key and its number alone, so

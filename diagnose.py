@@ -14,10 +14,10 @@ import math
 import sys
 from pathlib import Path
 
-import augment
 import torch
 import torch.nn.functional as F
 
+import augment
 import data
 import train
 from utils import arguments, build, errors, evaluation

@@ -29,6 +29,7 @@ import argparse
 import bisect
 import inspect
 import math
+import operator
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -120,6 +121,29 @@ def options_of(sched: str) -> set[str]:
     return reads
 
 
+def check(options: dict):
+    """Raise ValueError for an option of `schedule` that is out of range."""
+    epochs, lr = options["epochs"], options["lr"]
+    length = "a finite number >= 1e-9", lambda x: 1e-9 <= x < math.inf
+    above_0 = "a finite number above 0", lambda x: 0 < x < math.inf
+    rules = {
+        "lr": above_0,
+        "epochs": above_0,
+        "warmup_epochs": (f">= 0 and less than epochs, {epochs:g}", lambda x: 0 <= x < epochs),
+        "min_lr": (f"between 0 and lr, {lr:g}", lambda x: 0 <= x <= lr),
+        "gamma": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+        "step_size": length,
+        "milestones": ("increasing numbers above 0", lambda x: all(map(operator.lt, (0, *x), (*x, math.inf)))),
+        "t_max": length,
+        "t_0": length,
+        "t_mult": ("from 1 to 1,000,000", lambda x: 1 <= x <= 1_000_000),
+        "patience_epochs": (">= 0", lambda x: x >= 0),
+    }
+    for name, (rule, holds) in rules.items():
+        if not holds(options[name]):
+            raise ValueError(f"{name} {options[name]} must be {rule}")
+
+
 def schedule(
     sched: str = "cosine",
     *,
@@ -155,23 +179,6 @@ def schedule(
         t_max = length
     if t_0 is None:
         t_0 = length / 2
-    increasing = all(a < b for a, b in zip((0, *milestones), (*milestones, math.inf), strict=True))
-    for name, value, rule, holds in (
-        ("lr", lr, "a finite number above 0", 0 < lr < math.inf),
-        ("epochs", epochs, "a finite number above 0", 0 < epochs < math.inf),
-        ("warmup_epochs", warmup_epochs, f">= 0 and less than epochs, {epochs:g}", 0 <= warmup_epochs < epochs),
-        ("min_lr", min_lr, f"between 0 and lr, {lr:g}", 0 <= min_lr <= lr),
-        ("gamma", gamma, "above 0 and at most 1", 0 < gamma <= 1),
-        ("step_size", step_size, "a finite number >= 1e-9", 1e-9 <= step_size < math.inf),
-        ("milestones", milestones, "increasing numbers above 0", increasing),
-        ("t_max", t_max, "a finite number >= 1e-9", 1e-9 <= t_max < math.inf),
-        ("t_0", t_0, "a finite number >= 1e-9", 1e-9 <= t_0 < math.inf),
-        ("t_mult", t_mult, "from 1 to 1,000,000", 1 <= t_mult <= 1_000_000),
-        ("patience_epochs", patience_epochs, ">= 0", patience_epochs >= 0),
-    ):
-        if not holds:
-            raise ValueError(f"{name} {value} must be {rule}")
-    function, reads = SCHEDULES[sched], options_of(sched)
     known = {
         "gamma": gamma,
         "step_size": step_size,
@@ -180,10 +187,10 @@ def schedule(
         "t_0": t_0,
         "t_mult": t_mult,
         "patience_epochs": patience_epochs,
-        "mode": mode,
-        "length": length,
-        "floor": min_lr / lr,
     }
+    check({"lr": lr, "epochs": epochs, "warmup_epochs": warmup_epochs, "min_lr": min_lr, **known})
+    known |= {"mode": mode, "length": length, "floor": min_lr / lr}
+    function, reads = SCHEDULES[sched], options_of(sched)
     keywords = {name: value for name, value in known.items() if name in reads}
 
     def multiplier(epoch, values=()):

@@ -1,8 +1,8 @@
 """Mean loss and accuracy of a model on a split."""
 
-import augment
 import torch
 
+import augment
 import losses
 from utils import arguments, checkpoints, devices, distributed, models
 
