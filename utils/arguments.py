@@ -217,7 +217,6 @@ def at_least(least):
     return f">= {least} and below 2^53", lambda x: least <= x < 2**53
 
 
-ABOVE_0 = "a finite number above 0", lambda x: 0 < x < math.inf
 FROM_0 = "a finite number >= 0", lambda x: 0 <= x < math.inf
 BELOW_1 = ">= 0 and < 1", lambda x: 0 <= x < 1
 FLOAT32 = "above 1e-38 and below 1e38", lambda x: 1e-38 < x < 1e38  # what single precision can hold

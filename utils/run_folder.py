@@ -240,7 +240,7 @@ def describe(run) -> list[str]:
         *optimizers.describe_groups(run.model, run.optimizer),
     ]
     if dataset.note:
-        lines.insert(1, dataset.note)
+        lines.insert(1, dataset.note.strip())
     if distributed.world_size() > 1:
         lines.append(f"{distributed.world_size()} processes share every batch")
     return lines
