@@ -339,6 +339,7 @@ def test_diagnose_rejects_what_training_rejects(flags, tiny, capsys):
     one_line(capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["-OO", "-W error"])
 def test_other_ways_to_start_python(options, tmp_path):
     for command in ("diagnose.py --help", "plot.py --help", "mlp_mnist.py", "schedulers.py", "compare.py --help"):
