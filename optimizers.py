@@ -14,6 +14,7 @@ defaults in DEFAULTS.
 import argparse
 import difflib
 import fnmatch
+import functools
 import inspect
 import math
 
@@ -127,37 +128,64 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def update(self, group):
-        """A step of Muon: matrices of the same shape are orthogonalised together."""
-        alike = {}
+        """A step of Muon, some matrices at a time.
+
+        A GPU waits for launches rather than for arithmetic: there all matrices are one batch, padded with zeros, which
+        stay zeros. A CPU takes those of one shape together.
+        """
+        batches = {}
         for p in group["params"]:
             if p.grad is not None:
-                alike.setdefault((len(p), p[0].numel()), []).append(p)
-        for (rows, columns), params in alike.items():
-            grads = [p.grad for p in params]
-            for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                alike = "all" if p.is_cuda else (len(p), p[0].numel())
+                batches.setdefault(alike, []).append(p)
+        for params in batches.values():
+            grads = [p.grad for p in params]
             momenta = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
-            updates = orthogonal(torch.stack([x.reshape(rows, columns) for x in ahead]))
-            steps = [update.reshape(p.shape).to(p.dtype) for update, p in zip(updates, params, strict=True)]
+            ahead = torch._foreach_lerp(momenta, grads, 1 - group["momentum"])  # Nesterov's
+            matrices = [as_wide_matrix(x) for x in ahead]
+            rows = max(len(matrix) for matrix in matrices)
+            columns = max(matrix.shape[1] for matrix in matrices)
+            batch = matrices[0].new_zeros(len(matrices), rows, columns)
+            torch._foreach_copy_(corners(batch, matrices), matrices)
+            multipliers = update_multipliers(tuple(matrix.shape[1] for matrix in matrices), batch.device)
+            updates = orthogonal(batch) * (multipliers * group["lr"])
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, steps, alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
+            torch._foreach_sub_([as_wide_matrix(p) for p in params], corners(updates, matrices))
+
+
+def as_wide_matrix(x: torch.Tensor) -> torch.Tensor:
+    """A view of a matrix, or of a filter as one with a row per output, transposed if it's higher than wide.
+
+    The columns are in the order of the memory, which orthogonal() doesn't mind, so that nothing is copied.
+    """
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    x = x.view(len(x), -1)
+    return x.mT if len(x) > x.shape[1] else x
+
+
+def corners(batch: torch.Tensor, matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Where each of the matrices lies in a batch padded with zeros."""
+    return [padded[: len(x), : x.shape[1]] for padded, x in zip(batch, matrices, strict=True)]
+
+
+@functools.cache  # made anew in each step, they would be copied to the GPU in each step
+def update_multipliers(longer_sides: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0.2 * n**0.5 for n in longer_sides], device=device)[:, None, None]
 
 
 def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """(k, rows, columns) -> the same with singular values of about 1, by Newton-Schulz iterations in bf16."""
+    """(k, rows, columns), wide -> the same with singular values of about 1, by Newton-Schulz iterations in bf16."""
     slow = matrices.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()  # slow in bf16
     x = matrices.to(torch.float32 if slow else torch.bfloat16)
-    transposed = x.shape[1] > x.shape[2]
-    if transposed:
-        x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if transposed else x
+    return x
 
 
 OPTIMIZERS = {f.__name__: f for f in (sgd, adam, adamw, nadam, radam, rmsprop, adagrad, adadelta, rprop, muon, lbfgs)}
