@@ -37,6 +37,7 @@ from utils import (
     errors,
     evaluation,
     finetune,
+    graphs,
     models,
     plateau,
     repeat,
@@ -124,6 +125,10 @@ def prepare(args) -> Run:
     device = distributed.local_device(devices.choose_device(args.device))
     devices.speed_up(device)
     precision = devices.choose_precision(args.amp, device)
+    if args.cuda_graph and (device.type != "cuda" or precision == "fp16"):
+        raise ValueError(
+            f"--cuda-graph needs a CUDA device and bf16 or fp32, not {device.type} in {precision}: leave it out"
+        )
     dataset, train_split, val_split = build.load_data(args)
     if args.data in data.DOWNLOADS and dataset.name == "shapes":
         args = arguments.changed(args, data="shapes")  # load_data fell back: the set can't be downloaded
@@ -165,7 +170,8 @@ def prepare(args) -> Run:
         rule = f"of {len(run.train.labels)} images must be >= {run.smallest_batch}"
         raise ValueError(f"--batch-size {args.batch_size} {rule}: batch norm can't train on one image in a process")
     if run.schedule is None:  # --minutes: time some steps of a copy, then set the number of epochs
-        return budget.within_minutes(run, build.trial(run), training_batches, train_step, score)
+        trial = build.trial(run)
+        return budget.within_minutes(run, trial, training_batches, choose_step(trial, run_folder.print_line), score)
     return run
 
 
@@ -202,9 +208,7 @@ def backward(run, images, labels, batch_size):
     run.optimizer.zero_grad(set_to_none=True)
     totals = devices.totals(run.device)
     local_size = len(images)
-    if (
-        local_size == 0
-    ):  # fewer images than processes: a blank one, without weight, takes part in the exchange of gradients
+    if local_size == 0:  # fewer images than processes: a blank one takes part in the exchange of gradients
         images = images.new_zeros(1, *images.shape[1:])
         labels = labels.new_zeros(1, *labels.shape[1:])
     count = max(1, min(run.args.accum, local_size // 2))  # no micro-batch of one image: batch norm can't train on it
@@ -218,14 +222,13 @@ def backward(run, images, labels, batch_size):
             if run.teacher:
                 loss = loss + run.args.distill * losses.distillation(logits, run.teacher(x), run.args.temperature)
             weight = len(x) / batch_size if local_size else 0.0  # so that unequal micro-batches make the batch's mean
-            loss = loss * weight
             # The wrapped net takes the mean of the gradients over the processes; the batch's gradient is their sum.
-            run.scaler.scale(loss * distributed.world_size()).backward()
+            run.scaler.scale(loss * (weight * distributed.world_size())).backward()
         classes = y.argmax(1) if y.ndim == 2 else y  # mixup's labels are distributions
-        totals[0] += loss.detach().to(totals.dtype) * batch_size
         if local_size:
-            totals[1] += (logits.argmax(1) == classes).sum()
-            totals[2] += len(x)
+            totals[0].add_(loss.detach(), alpha=len(x))
+            totals[1].add_((logits.argmax(1) == classes).sum())
+            totals[2].add_(len(x))
     if run.args.clip_grad:
         run.scaler.unscale_(run.optimizer)
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip_grad)
@@ -240,6 +243,19 @@ def train_step(run, images, labels, batch_size, seed):
     run.scaler.step(run.optimizer)
     run.scaler.update()
     return totals
+
+
+def choose_step(run, log):
+    """Return what takes the steps of a run: train_step, or its recording as a CUDA graph."""
+    if not run.args.cuda_graph:
+        return train_step
+
+    def whole_step(images, labels):
+        return train_step(run, images, labels, len(images), seed=0)
+
+    options = {"batch_size": run.args.batch_size, "log": log}
+    graphed = graphs.GraphedStep(whole_step, run.model, run.optimizer, **options)
+    return lambda run, images, labels, batch_size, seed: graphed(images, labels)
 
 
 def lbfgs_step(run, images, labels, batch_size, seed):
@@ -268,6 +284,7 @@ def score(run, split):
 def train(run, progress, folder, caught):
     """Train to the last step, an early stop or a signal. Returns why it stopped; raises Diverged."""
     args, history = run.args, progress.history
+    take_step = choose_step(run, folder.log)
     while progress.step < run.total_steps:
         best = find_best(args, history)
         if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
@@ -277,7 +294,7 @@ def train(run, progress, folder, caught):
             return "early stop"
         epoch_end = (progress.step // run.steps_per_epoch + 1) * run.steps_per_epoch
         end = min(epoch_end, run.total_steps)
-        train_until(end, run, progress, folder, caught)
+        train_until(end, run, progress, folder, caught, take_step)
         if progress.step == end:
             finish_epoch(run, progress, folder)
         if distributed.all_max(len(caught)):
@@ -285,7 +302,7 @@ def train(run, progress, folder, caught):
     return "time budget" if args.minutes else "finished"
 
 
-def train_until(end, run, progress, folder, caught):
+def train_until(end, run, progress, folder, caught, take_step):
     """Take steps up to number `end` of this epoch, or up to a signal."""
     args = run.args
     finetune.train_mode(run.ddp_model)
@@ -298,7 +315,7 @@ def train_until(end, run, progress, folder, caught):
         multiplier = lr_multiplier(run, progress.step, progress.history)
         for group in run.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
-        progress.totals += train_step(run, images, labels, batch_size, seed=progress.step)
+        progress.totals += take_step(run, images, labels, batch_size, seed=progress.step)
         if run.ema:
             run.ema.update(run.model)
         progress.step += 1

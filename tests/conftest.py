@@ -301,6 +301,7 @@ EFFECTS = {
     "temperature": ("--epochs 2 --teacher teacher.pt", "--temperature 9", "weights"),
     "ema": ("", "--ema 0.9", "weights"),
     "compile": ("", "--compile", "compiled"),
+    "cuda_graph": ("--device cpu", "--cuda-graph", "status"),
 }
 
 

@@ -16,13 +16,14 @@ import data
 import losses
 import optimizers
 import schedulers
-from utils import checkpoints, distributed
+from utils import checkpoints, distributed, graphs
 from utils.models import MODELS, read_init
 
 DATA_DIR = "data"
 # A resumed run may be prolonged and moved. Changing anything else would make the run irreproducible.
 MAY_CHANGE = {
-    "resume", "epochs", "patience", "device", "compile", "out", "data_dir", "log_interval", "save_every", "tensorboard",
+    "resume", "epochs", "patience", "device", "compile", "cuda_graph", "out", "data_dir", "log_interval", "save_every",
+    "tensorboard",
 }  # fmt: skip
 
 
@@ -69,6 +70,7 @@ def make_parser(model, program="train.py"):
     flag("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision: auto is bf16 where native")
     compiling = "torch.compile the model: slower to start, often faster then (%(default)s)"
     flag("--compile", action=argparse.BooleanOptionalAction, default=False, help=compiling)
+    flag("--cuda-graph", action="store_true", help="record a step as one CUDA graph and replay it")
     flag("--out", metavar="DIR", help="output folder (runs/<model>-<data>-<opt>-<sched>)")
     flag("--log-interval", type=int, default=0, metavar="N", help="log every N steps too (0: every epoch)")
     flag("--save-every", type=int, default=0, metavar="N", help="write last.pt every N steps too (0: every epoch)")
@@ -293,6 +295,10 @@ def check(args):
         raise ValueError(f"--minutes {args.minutes} can't foresee how long --compile takes: give --epochs")
     if distributed.world_size() > 1:
         reject_idle(args, {"runs", "minutes"}, f"in {distributed.world_size()} processes")
+    if args.cuda_graph and args.opt not in graphs.OPTIMIZERS:
+        raise ValueError(f"--cuda-graph can't record --opt {args.opt}: choose from {', '.join(graphs.OPTIMIZERS)}")
+    if args.cuda_graph and (args.compile or distributed.world_size() > 1):
+        raise ValueError("--cuda-graph is for one process without --compile: leave it out")
     losses.parse(args.loss)
     if args.nesterov and args.momentum == 0:
         raise ValueError("--nesterov needs a --momentum above 0")

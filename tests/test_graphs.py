@@ -1,0 +1,118 @@
+"""Tests: a step as one CUDA graph. What a replay computes can be seen on a GPU alone, what is done with it anywhere."""
+
+import contextlib
+
+import pytest
+import torch
+from conftest import TINY_MLP, call
+
+from utils import checkpoints, graphs
+
+
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
+class Recording:
+    """Stands for torch.cuda.CUDAGraph: a replay calls `again`, which the step is to leave there."""
+
+    again = None
+
+    def replay(self):
+        type(self).again()
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", torch.set_rng_state)
+
+
+def weights_after(change, monkeypatch, lines, calls=6):
+    """Train a small model, with a graph whose recording does `change`, or eagerly without one."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+
+    def step(images, labels):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()[None]
+
+    take = step
+    if change:
+        take = graphs.GraphedStep(step, model, optimizer, batch_size=8, log=lines.append)
+        record = graphs.GraphedStep.record
+
+        def recorded(self, images, labels):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.cuda, "graph", lambda graph, stream: change(self, step))
+                return record(self, images, labels)
+
+        monkeypatch.setattr(graphs.GraphedStep, "record", recorded)
+    images, labels = torch.randn(8, 4), torch.arange(8) % 2
+    for i in range(calls):
+        optimizer.param_groups[0]["lr"] = 0.01 * (i + 1)
+        take(images, labels)
+        assert isinstance(optimizer.param_groups[0]["lr"], float)  # for schedules and checkpoints
+    return [x.clone() for x in model.state_dict().values()]
+
+
+@contextlib.contextmanager
+def failing(graphed, step):
+    raise RuntimeError("operation not permitted when stream is capturing\nat length")
+    yield
+
+
+@contextlib.contextmanager
+def right(graphed, step):
+    """A capture computes nothing; the replay takes the step."""
+    state = graphed.tensors()
+    before = [x.clone() for x in state]
+    yield
+    graphs.put_back(state, before)
+    Recording.again = lambda: step(*graphed.graphs[torch.int64][1:3])
+
+
+@contextlib.contextmanager
+def idle(graphed, step):
+    with right(graphed, step):
+        yield
+    Recording.again = lambda: None
+
+
+@pytest.mark.parametrize("change, said", [(failing, "not permitted when"), (idle, "differs"), (right, None)])
+def test_a_graph_that_fails_or_differs_costs_a_line(change, said, fake_cuda, monkeypatch):
+    lines = []
+    eager = weights_after(None, monkeypatch, lines)
+    graphed = weights_after(change, monkeypatch, lines)
+    assert len(lines) == (1 if said else 0)
+    assert not said or (said in lines[0] and "\n" not in lines[0])
+    assert all(torch.allclose(a, b) for a, b in zip(eager, graphed, strict=True))
+
+
+def test_the_difference_is_a_share_of_the_step():
+    before, wanted = [torch.zeros(4)], [torch.ones(4)]
+    assert graphs.difference(wanted, wanted, before) == 0
+    assert graphs.difference([1.1 * torch.ones(4)], wanted, before) == pytest.approx(0.1)
+    assert graphs.difference(before, wanted, before) == pytest.approx(1)
+    assert graphs.difference(wanted, before, before) == float("inf")  # it went where the step stood still
+    assert graphs.difference([torch.full((4,), torch.nan)], wanted, before) == float("inf")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_replayed_run_is_the_eager_run(tiny):
+    results = []
+    for name, flags in (("eager", []), ("graphed", ["--cuda-graph"])):
+        options = ["--device", "cuda", "--dropout", 0, "--epochs", 3, "--out", name]
+        assert call(*TINY_MLP, *options, *flags) == 0
+        results.append(checkpoints.load(f"{name}/last.pt")["state_dict"])
+    assert all(torch.allclose(a, b, rtol=0.02, atol=1e-3) for a, b in zip(*(r.values() for r in results), strict=True))

@@ -1,0 +1,123 @@
+"""A training step as one CUDA graph: one launch in place of hundreds. Needs torch alone.
+
+    from utils.graphs import GraphedStep
+
+    step = GraphedStep(step, model, optimizer, batch_size=256, log=print)   # step(images, labels) -> a tensor
+    totals = step(images, labels)
+
+The step may wait for nothing on the device, and use no number of the host that changes from step to step but the
+learning rates. Momenta, averages and the like may change: they lie on the device.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+
+OPTIMIZERS = ("sgd", "adam", "adamw", "muon")  # whose steps read no number from the device
+WARM_UP = 3  # steps before the graph is recorded, as torch asks for
+TOLERANCE = 0.05  # of the change of a tensor in a step: some kernels don't repeat all their digits
+
+
+class GraphedStep:
+    """A step that is recorded in its fourth call, compared with an eager one, and from then on replayed.
+
+    If the recording fails, or the replay differs by more than rounding, one line says so and all steps are eager.
+    Batches of another size than `batch_size` are eager always. Mixed labels have a graph of their own.
+    """
+
+    def __init__(self, step: Callable, model, optimizer, *, batch_size: int, log: Callable):
+        self.step, self.model, self.optimizer = step, model, optimizer
+        self.batch_size, self.log = batch_size, log
+        self.graphs = {}  # by the type of the labels: graph, images, labels, totals
+        self.calls = 0
+        self.failed = False
+        self.stream = torch.cuda.Stream()
+        device = next(model.parameters()).device
+        self.lrs = [torch.tensor(0.0, device=device) for _ in optimizer.param_groups]
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.failed or len(images) != self.batch_size:
+            return self.step(images, labels)
+        self.calls += 1
+        with self.lrs_on_device():
+            if self.calls <= WARM_UP:
+                self.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.stream):
+                    totals = self.step(images, labels)
+                torch.cuda.current_stream().wait_stream(self.stream)
+                return totals
+            if labels.dtype not in self.graphs:
+                return self.record(images, labels)
+            return self.replay(images, labels)
+
+    @contextlib.contextmanager
+    def lrs_on_device(self):
+        """A number would be frozen in the graph, so the optimizer sees its learning rates as tensors meanwhile."""
+        before = [dict(group) for group in self.optimizer.param_groups]
+        for group, lr in zip(self.optimizer.param_groups, self.lrs, strict=True):
+            lr.fill_(group["lr"])
+            group["lr"] = lr
+            if "capturable" in group:
+                group["capturable"] = True
+        try:
+            yield
+        finally:
+            for group, old in zip(self.optimizer.param_groups, before, strict=True):
+                group.update(old)
+
+    def replay(self, images, labels):
+        graph, static_images, static_labels, totals = self.graphs[labels.dtype]
+        static_images.copy_(images)
+        static_labels.copy_(labels)
+        graph.replay()
+        return totals
+
+    def record(self, images, labels):
+        """Take the step eagerly, then once more from the same state as the replay of a graph, and compare."""
+        state = self.tensors()
+        before = [x.clone() for x in state]
+        rng = torch.cuda.get_rng_state()
+        totals = self.step(images, labels)
+        eager = [x.clone() for x in state]
+        put_back(state, before)
+        torch.cuda.set_rng_state(rng)
+        try:
+            graph, inputs = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
+            with torch.cuda.graph(graph, stream=self.stream):
+                output = self.step(*inputs)
+            self.graphs[labels.dtype] = graph, *inputs, output
+            replayed = self.replay(images, labels)
+            error = difference([*state, replayed], [*eager, totals], [*before, torch.zeros_like(totals)])
+            reason = f"the replay differs from the step by {error:.2g} of it" if not error <= TOLERANCE else ""
+        except RuntimeError as failure:
+            reason = str(failure).split("\n")[0]
+        if reason:
+            self.log(f"--cuda-graph doesn't work here, going on without it: {reason}")
+            self.failed = True
+            self.optimizer.zero_grad(set_to_none=True)  # they lie in the graph's memory
+            put_back(state, eager)
+            return totals
+        return replayed
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that a step changes: weights, statistics of batch norms, the state of the optimizer."""
+        states = self.optimizer.state.values()
+        own = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
+        return [*self.model.state_dict().values(), *own]
+
+
+@torch.no_grad()
+def put_back(tensors, values):
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def difference(results, expected, before) -> float:
+    """The largest difference between the tensors of two outcomes of a step, as a share of how far they went in it."""
+    worst = 0.0
+    for result, wanted, start in zip(results, expected, before, strict=True):
+        if not torch.allclose(result, wanted, rtol=0, atol=0, equal_nan=True):
+            share = (result.double() - wanted.double()).norm() / (wanted.double() - start.double()).norm()
+            worst = max(worst, share.nan_to_num(torch.inf, torch.inf).item())
+    return worst
