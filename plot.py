@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 import sys
+import warnings
 from pathlib import Path
 
 # Okabe and Ito's colours: colour-blind readers can tell them apart.
@@ -185,7 +186,9 @@ def draw(runs, path, best=None):
     if "val" in drawn:
         key.append(Line2D([], [], color="#555555", marker="o", linestyle="", label="best epoch"))
     figure.legend(handles=key, loc="outside lower center", ncols=len(key), frameon=False)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a font lacks a letter of a name: an empty box says so, too
+        figure.savefig(path, dpi=150)
 
 
 def main():
@@ -197,6 +200,8 @@ def main():
         "--out", default="curves.png", metavar="FILE", help="the plot: .png, .pdf or .svg (%(default)s)"
     )
     args = parser.parse_args()
+    if not Path(args.out).suffix:
+        parser.error(f"--out {args.out} must end in .png, .pdf or .svg")
     try:
         runs, best = collect(with_metrics(args.runs))
         draw(runs, args.out, best)

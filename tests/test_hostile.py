@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HERE, TINY_MLP, call, python, rejected, same, weights, write_folder
+from conftest import HERE, TINY_MLP, call, python, rejected, rows, same, weights, write_folder, write_idx
 
 import data as datasets
 import diagnose
@@ -394,3 +394,61 @@ def test_a_copy_of_a_run_is_not_needed_to_check_it(tiny):
     before = copy.deepcopy(content)
     checkpoints.validate("x", content, checkpoints.RESUME_KEYS, 10**9)
     assert same(before, content)
+
+
+def test_nested_images_belong_to_their_class(tiny):
+    write_folder(tiny / "pets", (16, 16))
+    flat = datasets.load("pets", "cache")
+    inside = Path("pets/train/cat/old/older")
+    inside.mkdir(parents=True)
+    Path("pets/train/cat/5.png").rename(inside / "9.png")
+    os.symlink("..", inside / "up")
+    nested = datasets.load("pets", "cache")
+    assert torch.equal(flat.train.images, nested.train.images) and torch.equal(flat.train.labels, nested.train.labels)
+
+
+def test_files_of_mnist_are_not_taken_for_fashion_mnist(tmp_path):
+    raw = tmp_path / "FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 60_000), ("t10k", 10_000)):
+        images = torch.zeros(count, 28, 28, dtype=torch.uint8)
+        images[:, :4] = 250  # as dark as digits
+        write_idx(raw / f"{part}-images-idx3-ubyte", images)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", (torch.arange(count) % 10).byte())
+    with pytest.raises(ValueError, match="it holds the images of mnist"):
+        datasets.load("fashion-mnist", tmp_path)
+    (tmp_path / "FashionMNIST").rename(tmp_path / "MNIST")
+    assert len(datasets.load("mnist", tmp_path).train.labels) == 60_000
+
+
+def test_a_signal_while_the_cache_is_written_leaves_no_half_of_it(tiny, monkeypatch):
+    write_folder(tiny / "pets", (16, 16))
+
+    def interrupted(images, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        datasets.load("pets", "kept")
+    assert not list(Path("kept").rglob("*.*"))
+
+
+def test_rejected_runs_leave_no_folder(tiny, capsys):
+    assert call(*TINY_MLP, "--runs", 2, "--limit", 1) == 2
+    assert not Path("runs").exists()
+
+
+def test_plot_writes_the_file_that_it_names(tiny, monkeypatch, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["plot.py", "run", "--out", "plot"])
+    with pytest.raises(SystemExit) as stop:
+        plot.main()
+    assert stop.value.code == 2
+    one_line(capsys, "--out plot must end in .png")
+
+
+def test_letters_that_a_font_lacks_are_no_warning(tmp_path, recwarn):
+    plot.draw({"\N{CJK UNIFIED IDEOGRAPH-65E5}": rows([0.5, 0.6], train_acc=0.5)}, tmp_path / "plot.png")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

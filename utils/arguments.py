@@ -245,7 +245,7 @@ RANGES = {
     "patience": at_least(0),
     "min_delta": FROM_0,
     "lr": FLOAT32,
-    "weight_decay": (">= 0 and below 1e38", lambda x: 0 <= x < 1e38),
+    "weight_decay": ("from 0 to 1000", lambda x: 0 <= x <= 1000),
     "layer_decay": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "momentum": BELOW_1,
     "opt_betas": ("two numbers >= 0 and < 1", lambda x: all(0 <= b < 1 for b in x)),

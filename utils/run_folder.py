@@ -31,7 +31,7 @@ class RunFolder:
     method that writes raises OSError: the files of another run may lie under that name.
     """
 
-    def __init__(self, path, log=None, held=None, made=False):
+    def __init__(self, path, log=None, held=None, made=()):
         self.path, self.held, self.made = Path(path), held, made
         self.file, self.drawn, self.events = log, time.perf_counter(), None
 
@@ -108,9 +108,9 @@ class RunFolder:
         """Remove what open_folder made, if nothing has been written into it since."""
         if self.file and not self.file.tell():
             (self.path / "log.txt").unlink()
-            if self.made:
-                with contextlib.suppress(OSError):
-                    self.path.rmdir()  # only if it's empty
+            with contextlib.suppress(OSError):
+                for folder in self.made:
+                    folder.rmdir()  # only if it's empty
 
     def close(self):
         if self.file:
@@ -161,7 +161,7 @@ def _claim(out, default, going_on):
     for path in candidates:
         if not out and holds_run(path):
             continue
-        made, held = not path.exists(), None
+        made, held = [folder for folder in (path, *path.parents) if not folder.exists()], None
         try:
             path.mkdir(parents=True, exist_ok=True)
             if os.name == "posix":
