@@ -285,6 +285,7 @@ def train(run, progress, folder, caught):
     """Train to the last step, an early stop or a signal. Returns why it stopped; raises Diverged."""
     args, history = run.args, progress.history
     take_step = choose_step(run, folder.log)
+    shared = devices.SharedMachine(run.device, folder.log)
     while progress.step < run.total_steps:
         best = find_best(args, history)
         if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
@@ -294,7 +295,8 @@ def train(run, progress, folder, caught):
             return "early stop"
         epoch_end = (progress.step // run.steps_per_epoch + 1) * run.steps_per_epoch
         end = min(epoch_end, run.total_steps)
-        train_until(end, run, progress, folder, caught, take_step)
+        with shared:
+            train_until(end, run, progress, folder, caught, take_step)
         if progress.step == end:
             finish_epoch(run, progress, folder)
         if distributed.all_max(len(caught)):

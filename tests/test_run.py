@@ -12,7 +12,7 @@ from conftest import TINY_MLP, assert_same_run, call, halt, same, scripted, weig
 import data as datasets
 import mlp_mnist
 import train
-from utils import checkpoints, evaluation
+from utils import checkpoints, devices, evaluation
 
 
 def test_every_output_is_there_and_says_the_same(tiny, capsys):
@@ -171,3 +171,19 @@ def test_resume_refuses_other_images(tiny, monkeypatch, capsys):
     assert call("--resume", "run/last.pt", "--epochs", 2) == 2
     said = capsys.readouterr().err
     assert "not those that it was trained on" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "seconds, on_processor, policy, said",
+    [(10, 9, "", False), (10, 4, "", True), (10, 4, "passive", False), (1, 0.4, "", False)],
+)
+def test_a_shared_machine_is_told_once(seconds, on_processor, policy, said, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    lines = []
+    for device in ("cpu", "cuda"):
+        shared = devices.SharedMachine(torch.device(device), lines.append)
+        shared.tell(seconds, on_processor)
+        shared.tell(seconds, on_processor)
+    assert len(lines) == said
+    assert not said or ("40%" in lines[0] and "OMP_WAIT_POLICY=passive" in lines[0])

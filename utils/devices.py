@@ -1,6 +1,9 @@
 """Where a run computes, and with what precision. Needs torch alone."""
 
+import os
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -65,6 +68,33 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+class SharedMachine:
+    """A context for the training loop that says once, in one line, that others use this machine's processors too.
+
+    On an idle machine a thread that trains nearly always has a processor. On a shared one OpenMP's threads wait for
+    each other in loops, which take the processors from those that they wait for.
+    """
+
+    def __init__(self, device: torch.device, log: Callable):
+        self.log = log
+        waits_quietly = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" or torch.get_num_threads() == 1
+        self.silent = device.type != "cpu" or waits_quietly
+
+    def __enter__(self):
+        self.start = time.perf_counter(), time.thread_time()
+
+    def __exit__(self, *error):
+        self.tell(time.perf_counter() - self.start[0], time.thread_time() - self.start[1])
+
+    def tell(self, seconds: float, on_processor: float):
+        if self.silent or seconds < 5 or on_processor > 0.75 * seconds:
+            return
+        self.silent = True
+        share = f"training had a processor for {on_processor / seconds:.0%} of the time"
+        remedy = "OMP_WAIT_POLICY=passive or OMP_NUM_THREADS=1 may be several times faster"
+        self.log(f"this machine is shared, {share}: {remedy}")
 
 
 def rng_state(device: torch.device) -> dict:
