@@ -149,7 +149,7 @@ def _parse(argv, program, chosen, resumed):
             raise ValueError(f'{flag_name(name)} "" is empty: give a value, or leave it out')
 
     if resumed is not None:
-        reject_another_run(resumed, given, defaults)
+        reject_another_run(resumed, given, defaults, {a.dest: a.choices for a in parser._actions if a.choices})
         # What is started and where it writes is never a checkpoint's to decide.
         ours = {"out": None, "runs": 1, "eval": None}
         args = argparse.Namespace(**resumed | ours | given | {"resume": chosen.resume})
@@ -197,7 +197,8 @@ def plain(args) -> dict:
     return {name: value for name, value in vars(args).items() if name != "given"}
 
 
-def reject_another_run(resumed, given, defaults):
+def reject_another_run(resumed, given, defaults, choices):
+    """Raise ValueError for a checkpoint's arguments that no run has, and for flags that would make it another run."""
     if resumed.keys() != defaults.keys():
         odd = ", ".join(sorted(resumed.keys() ^ defaults.keys()))
         raise ValueError(f"--resume holds a run of another version of train.py: they differ in {odd}")
@@ -206,6 +207,8 @@ def reject_another_run(resumed, given, defaults):
         as_float = isinstance(default, float) and type(value) is int
         if default is not None and type(value) is not type(default) and not as_float:
             raise ValueError(f"--resume holds {flag_name(name)} {value!r}, which is no {type(default).__name__}")
+        if value is not None and value not in choices.get(name, [value]):
+            raise ValueError(f"--resume holds {flag_name(name)} {value!r}, which is none of {', '.join(choices[name])}")
     for name in given.keys() - MAY_CHANGE:
         if given[name] != resumed[name]:
             was = f"the one in --resume has {resumed[name]}"
