@@ -171,7 +171,8 @@ def prepare(args) -> Run:
         raise ValueError(f"--batch-size {args.batch_size} {rule}: batch norm can't train on one image in a process")
     if run.schedule is None:  # --minutes: time some steps of a copy, then set the number of epochs
         trial = build.trial(run)
-        return budget.within_minutes(run, trial, training_batches, choose_step(trial, run_folder.print_line), score)
+        take_step = graphs.recorded(train_step, trial, run_folder.print_line)
+        return budget.within_minutes(run, trial, training_batches, take_step, score)
     return run
 
 
@@ -245,19 +246,6 @@ def train_step(run, images, labels, batch_size, seed):
     return totals
 
 
-def choose_step(run, log):
-    """Return what takes the steps of a run: train_step, or its recording as a CUDA graph."""
-    if not run.args.cuda_graph:
-        return train_step
-
-    def whole_step(images, labels):
-        return train_step(run, images, labels, len(images), seed=0)
-
-    options = {"batch_size": run.args.batch_size, "log": log}
-    graphed = graphs.GraphedStep(whole_step, run.model, run.optimizer, **options)
-    return lambda run, images, labels, batch_size, seed: graphed(images, labels)
-
-
 def lbfgs_step(run, images, labels, batch_size, seed):
     """Take a step of L-BFGS, which evaluates the loss several times. Returns what the first backward() returned."""
     evaluations = []
@@ -284,7 +272,7 @@ def score(run, split):
 def train(run, progress, folder, caught):
     """Train to the last step, an early stop or a signal. Returns why it stopped; raises Diverged."""
     args, history = run.args, progress.history
-    take_step = choose_step(run, folder.log)
+    take_step = graphs.recorded(train_step, run, folder.log)
     shared = devices.SharedMachine(run.device, folder.log)
     while progress.step < run.total_steps:
         best = find_best(args, history)

@@ -32,7 +32,10 @@ for section in "${@:-tests card bench short long}"; do
             python3 -m torch.distributed.run --nproc_per_node "$gpus" train.py --model mlp --data mnist \
                 --data-dir "$data" --epochs 2 --out runs/nccl
             ;;
-        card) row gpu-vit-cifar10-jpeg --model vit --opt adamw --sched cosine --data "$data/cifar10-images" ;;
+        card)
+            row gpu-vit-cifar10-jpeg --model vit --opt adamw --sched cosine --data "$data/cifar10-images"
+            row gpu-vit-cifar10-jpeg-graph --model vit --opt adamw --sched cosine --data "$data/cifar10-images" --cuda-graph
+            ;;
         bench)
             python3 bench.py --data-dir "$data" --data "$data/cifar10-images" --models "cnn --arch plain" vit \
                 --out "$out/bench-cuda-cifar10.json"
@@ -41,9 +44,12 @@ for section in "${@:-tests card bench short long}"; do
             ;;
         short)
             row gpu-mlp-mnist --model mlp --data mnist --runs 3
+            row gpu-mlp-mnist-graph --model mlp --data mnist --runs 3 --cuda-graph
             row gpu-mlp-mnist-strong --model mlp --data mnist --hidden 1024,1024,1024 --epochs 100 --augment strong \
                 --dropout 0 --lr 3e-3 --ema 0.999 --tta
             row gpu-cnn-cifar10-jpeg --model cnn --data "$data/cifar10-images" --epochs 7.5 --val-split 2000 --tta --runs 3
+            row gpu-cnn-cifar10-jpeg-graph --model cnn --data "$data/cifar10-images" --epochs 7.5 --val-split 2000 --tta \
+                --runs 3 --cuda-graph
             row gpu-cnn-cifar10-jpeg-compiled --model cnn --data "$data/cifar10-images" --epochs 7.5 --val-split 2000 \
                 --tta --compile
             row gpu-cnn-cifar10-jpeg-1-minute --model cnn --data "$data/cifar10-images" --minutes 1 --patience 0 --tta \

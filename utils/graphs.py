@@ -19,6 +19,18 @@ WARM_UP = 3  # steps before the graph is recorded, as torch asks for
 TOLERANCE = 0.05  # of the change of a tensor in a step: some kernels don't repeat all their digits
 
 
+def recorded(train_step: Callable, run, log: Callable) -> Callable:
+    """With --cuda-graph a function like train_step whose steps are replayed, else train_step itself."""
+    if not run.args.cuda_graph:
+        return train_step
+
+    def whole_step(images, labels):
+        return train_step(run, images, labels, len(images), seed=0)
+
+    graphed = GraphedStep(whole_step, run.model, run.optimizer, batch_size=run.args.batch_size, log=log)
+    return lambda run, images, labels, batch_size, seed: graphed(images, labels)
+
+
 class GraphedStep:
     """A step that is recorded in its fourth call, compared with an eager one, and from then on replayed.
 
