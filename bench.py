@@ -15,10 +15,14 @@ import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import torch
 from torch.nn.functional import cross_entropy

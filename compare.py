@@ -18,10 +18,14 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import plot
 import train

@@ -11,8 +11,12 @@ images are compared with the others; their labels are not read.
 import dataclasses
 import itertools
 import math
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import torch
 import torch.nn.functional as F

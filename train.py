@@ -15,11 +15,15 @@ utils/arguments.py, the choices in optimizers.py, schedulers.py, losses.py and a
 import argparse
 import dataclasses
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import torch
 

@@ -454,3 +454,17 @@ def test_plot_writes_the_file_that_it_names(tiny, monkeypatch, capsys):
 def test_letters_that_a_font_lacks_are_no_warning(tmp_path, recwarn):
     plot.draw({"\N{CJK UNIFIED IDEOGRAPH-65E5}": rows([0.5, 0.6], train_acc=0.5)}, tmp_path / "plot.png")
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+@pytest.mark.parametrize("command", ["train.py", "predict.py", "compare.py", "diagnose.py", "bench.py"])
+def test_ctrl_c_during_the_imports_is_no_traceback(command, tmp_path):
+    """torch is replaced by a module that takes its time, so that the signal comes while it is imported."""
+    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    for part in ("plot.py", "train.py"):  # what compare.py imports first
+        (tmp_path / part).write_text("import torch\n")
+    code = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); runpy.run_path({command!r}, run_name='__main__')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT and said == b""
