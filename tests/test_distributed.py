@@ -97,6 +97,16 @@ def test_a_process_that_dies_ends_the_run_or_starts_it_anew(restarts, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_process_that_is_stopped_ends_the_run(tmp_path):
+    stopping = DYING.replace("SIGKILL", "SIGSTOP")
+    soon = "import datetime\ndistributed.TIME_LIMIT = datetime.timedelta(seconds=5)\nimport train"
+    (tmp_path / "stopping.py").write_text(stopping.replace("import train", soon, 1))
+    done = torchrun(2, "stopping.py", *TWO, cwd=tmp_path)  # 30 s of it are torchrun's, before it kills what is stopped
+    assert done.returncode
+    assert "train.py: error: process 0 stops: another one was silent for 0:00:05" in done.stderr
+
+
+@pytest.mark.slow
 def test_machines_start_anew_together(tmp_path):
     """Two agents of torchrun, as on two machines. Only one of them counts the failure as its own."""
     (tmp_path / "dying.py").write_text(DYING)

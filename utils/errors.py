@@ -92,7 +92,9 @@ def while_training(args):
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise Failed(f"--compile doesn't work here, use --no-compile: {str(error)[:300]}") from None
         if distributed.world_size() > 1:  # most likely another process has ended
-            raise Failed(f"process {distributed.rank()} stops: {error}") from None
+            silent = f"another one was silent for {distributed.TIME_LIMIT}"
+            why = silent if "timed out" in str(error).lower() else str(error)
+            raise Failed(f"process {distributed.rank()} stops: {why}") from None
         raise
 
 
