@@ -140,5 +140,5 @@ def test_a_run_and_its_resume_give_what_one_run_gives(tmp_path, monkeypatch, cap
     assert result["epochs_run"] == 2 and 0 <= result["test_acc"] <= 1 and result["stopped"] == "finished"
     assert result["test_acc"] == json.loads(Path("straight/result.json").read_text())["test_acc"]
     capsys.readouterr()
-    assert train.main(["--eval", "broken/best.pt"]) == 0
+    assert train.main(["--eval", "broken/best.pt", "--device", "cpu"]) == 0
     assert f"test acc {result['test_acc']:.4f}" in capsys.readouterr().out
