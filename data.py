@@ -347,10 +347,10 @@ def _images_by_class(folder, classes):
 def _images_below(folder):
     """Yield the paths of the images in a folder, at any depth."""
     for entry in _entries(folder):
-        if entry.is_dir(follow_symlinks=False):  # a link may lead back up
-            yield from _images_below(entry.path)
-        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+        if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
             yield entry.path
+        elif entry.is_dir(follow_symlinks=False):  # a link may lead back up
+            yield from _images_below(entry.path)
 
 
 def _entries(folder):
