@@ -177,12 +177,12 @@ def update_multipliers(longer_sides: tuple[int, ...], device: torch.device) -> t
     return torch.tensor([0.2 * n**0.5 for n in longer_sides], device=device)[:, None, None]
 
 
-def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """(k, rows, columns), wide -> the same with singular values of about 1, by Newton-Schulz iterations in bf16."""
     slow = matrices.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()  # slow in bf16
     x = matrices.to(torch.float32 if slow else torch.bfloat16)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x
@@ -203,7 +203,12 @@ DEFAULTS = {
     "muon": {"lr": 2e-3, "weight_decay": 0.05, "momentum": 0.95},
     "lbfgs": {"lr": 1.0},
 }
-GROUP_OPTIONS = {"weight_decay", "decay_all", "layer_decay", "lr_scale"}  # flags that parameter_groups reads
+GROUP_OPTIONS = {
+    "weight_decay",
+    "decay_all",
+    "layer_decay",
+    "lr_scale",
+}  # flags that parameter_groups reads: they lie in the groups
 
 
 def options_of(opt: str) -> set[str]:
@@ -296,12 +301,13 @@ def parameter_groups(
         is_hidden = is_matrix and 0 < layer_of[name] < top
         multiplier = layer_decay ** (top - layer_of[name])
         multiplier *= math.prod(own for prefix, own in lr_scale if lies_in(name, prefix))
-        key = (decays, multiplier, use_muon and is_hidden)
+        by_muon = use_muon and is_hidden
+        key = (decays, multiplier, by_muon)
         if key not in groups:
             group = {"params": [], "weight_decay": weight_decay if decays else 0.0}
             if lr is not None:
                 group["lr"] = group["initial_lr"] = lr * multiplier
-            if key[2]:
+            if by_muon:
                 group["use_muon"] = True
             groups[key] = group
         groups[key]["params"].append(parameter)
@@ -335,7 +341,7 @@ def describe_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
         by_lr.setdefault(group.get("initial_lr", group["lr"]), []).append(group)
     lines = []
     for lr, groups in sorted(by_lr.items(), reverse=True):
-        layers, total, by_muon, decaying = {}, 0, 0, {}
+        inside, total, by_muon, decaying = {}, 0, 0, {}
         for group in groups:
             count = sum(p.numel() for p in group["params"])
             total += count
@@ -344,8 +350,8 @@ def describe_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
             if group.get("weight_decay"):
                 decaying[group["weight_decay"]] = decaying.get(group["weight_decay"], 0) + count
             for p in group["params"]:
-                layers[names[id(p)]] = None
-        shown = prefixes([name for name in names.values() if name in layers], names.values())
+                inside[names[id(p)]] = None
+        shown = prefixes([name for name in names.values() if name in inside], names.values())
         line = f"lr {lr:.3g}: {', '.join(shown)} ({total:,} parameters"
         for decay, count in decaying.items():
             line += f", {count:,} with weight decay {decay:g}"

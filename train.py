@@ -71,7 +71,7 @@ class Run:
     teacher: Callable | None  # images -> logits
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # idle, except in fp16
-    schedule: Callable  # (epoch, monitored values) -> multiplier of the initial learning rates
+    schedule: Callable | None  # (epoch, monitored values) -> multiplier of the initial learning rates; None in a trial
 
     @property
     def eval_model(self):
@@ -79,10 +79,14 @@ class Run:
         return self.ema.model if self.ema else self.model
 
     @cached_property
+    def has_batch_norm(self):
+        """Batch norm can't train on one image."""
+        return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+
+    @property
     def smallest_batch(self):
-        """The fewest images that a batch may have: with batch norm, which can't train on one, two a process."""
-        norms = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
-        return 2 * distributed.world_size() if norms else 1
+        """The fewest images that a batch may have."""
+        return 2 * distributed.world_size() if self.has_batch_norm else 1
 
     @cached_property
     def batch_sizes(self):
@@ -100,7 +104,7 @@ class Run:
 
     @cached_property
     def fingerprint(self):
-        """A checksum of the training images and labels, which a resumed run must have, too."""
+        """A checksum of all images and labels but the test set's, which a resumed run must have, too."""
         return checkpoints.fingerprint(*self.dataset.train)
 
     def autocast(self):
@@ -170,6 +174,10 @@ def prepare(args) -> Run:
         scaler=devices.grad_scaler(device, precision),
         schedule=None if args.minutes and not args.resume else arguments.make_schedule(args),
     )
+    if args.cuda_graph and args.batch_size > len(run.train.labels):
+        raise ValueError(
+            f"--cuda-graph records full batches, and --batch-size {args.batch_size} is more than all images"
+        )
     if min(args.batch_size, len(run.train.labels)) < run.smallest_batch:
         rule = f"of {len(run.train.labels)} images must be >= {run.smallest_batch}"
         raise ValueError(f"--batch-size {args.batch_size} {rule}: batch norm can't train on one image in a process")
@@ -216,7 +224,7 @@ def backward(run, images, labels, batch_size):
     if local_size == 0:  # fewer images than processes: a blank one takes part in the exchange of gradients
         images = images.new_zeros(1, *images.shape[1:])
         labels = labels.new_zeros(1, *labels.shape[1:])
-    count = max(1, min(run.args.accum, local_size // 2))  # no micro-batch of one image: batch norm can't train on it
+    count = max(1, min(run.args.accum, local_size // (2 if run.has_batch_norm else 1)))
     micro_batches = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
     for i, (x, y) in enumerate(micro_batches, start=1):
         with distributed.sync_gradients(run.ddp_model, i == count):
@@ -227,7 +235,7 @@ def backward(run, images, labels, batch_size):
             if run.teacher:
                 loss = loss + run.args.distill * losses.distillation(logits, run.teacher(x), run.args.temperature)
             weight = len(x) / batch_size if local_size else 0.0  # so that unequal micro-batches make the batch's mean
-            # The wrapped net takes the mean of the gradients over the processes; the batch's gradient is their sum.
+            # ddp_model takes the mean of the gradients over the processes; the batch's gradient is their sum.
             run.scaler.scale(loss * (weight * distributed.world_size())).backward()
         classes = y.argmax(1) if y.ndim == 2 else y  # mixup's labels are distributions
         if local_size:
@@ -274,10 +282,13 @@ def score(run, split):
 
 
 def train(run, progress, folder, caught):
-    """Train to the last step, an early stop or a signal. Returns why it stopped; raises Diverged."""
+    """Train to the last step, an early stop or a signal. Returns why it stopped; raises Diverged.
+
+    `caught` is a list that gets the number of a signal when one arrives.
+    """
     args, history = run.args, progress.history
     take_step = graphs.recorded(train_step, run, folder.log)
-    shared = devices.SharedMachine(run.device, folder.log)
+    watch = devices.SharedMachine(run.device, folder.log)
     while progress.step < run.total_steps:
         best = find_best(args, history)
         if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
@@ -287,7 +298,7 @@ def train(run, progress, folder, caught):
             return "early stop"
         epoch_end = (progress.step // run.steps_per_epoch + 1) * run.steps_per_epoch
         end = min(epoch_end, run.total_steps)
-        with shared:
+        with watch:
             train_until(end, run, progress, folder, caught, take_step)
         if progress.step == end:
             finish_epoch(run, progress, folder)
@@ -309,7 +320,8 @@ def train_until(end, run, progress, folder, caught, take_step):
         multiplier = lr_multiplier(run, progress.step, progress.history)
         for group in run.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
-        progress.totals += take_step(run, images, labels, batch_size, seed=progress.step)
+        seed = (progress.step + 1_000_003 * args.seed) % 2**63
+        progress.totals += take_step(run, images, labels, batch_size, seed)
         if run.ema:
             run.ema.update(run.model)
         progress.step += 1
@@ -337,7 +349,7 @@ def finish_epoch(run, progress, folder):
     """Validate, add a row to the history, keep the best weights, save, report."""
     args, history = run.args, progress.history
     distributed.broadcast(run.eval_model)  # the statistics of batch norms differ between the processes
-    loss_sum, correct, images = distributed.all_reduce(progress.totals).tolist()
+    loss_sum, correct, seen = distributed.all_reduce(progress.totals).tolist()
     lr = args.lr * lr_multiplier(run, progress.step - 1, history)
     val_loss = val_acc = math.nan
     if args.val_split:
@@ -353,12 +365,12 @@ def finish_epoch(run, progress, folder):
             "epoch": len(history) + 1,
             "step": progress.step,
             "lr": lr,
-            "train_loss": loss_sum / images,
-            "train_acc": correct / images,
+            "train_loss": loss_sum / seen,
+            "train_acc": correct / seen,
             "val_loss": val_loss,
             "val_acc": val_acc,
             "seconds": progress.seconds,
-            "images_per_second": images / progress.seconds,
+            "images_per_second": seen / progress.seconds,
         }
     )
     seconds_left = progress.seconds / steps * (run.total_steps - progress.step)
@@ -406,7 +418,8 @@ def finish(run, progress, folder, stopped):
         folder.check()
         content = distributed.on_main(lambda: checkpoints.load(folder.path / "best.pt"))
         run.model.load_state_dict(content["state_dict"])
-        test_loss, test_acc = score(dataclasses.replace(run, ema=None), run.dataset.test)
+        without_ema = dataclasses.replace(run, ema=None)  # best.pt holds the averages already
+        test_loss, test_acc = score(without_ema, run.dataset.test)
         folder.log(evaluation.test_line(run.dataset, test_loss, test_acc, args.tta, "read once"))
     elif stopped == "interrupted":
         folder.log(f"interrupted: python train.py --resume {folder.path / 'last.pt'} goes on from here")

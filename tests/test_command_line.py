@@ -38,7 +38,7 @@ WRONG = [
     "--lr-scale haed=2", "--lr-scale head=0", "--lr-scale head", "--opt lbfgs --layer-decay 0.5", "--augment weak",
     "--opt lbfgs --lr-scale head=2", "--reprob 2", "--mixup -1", "--cutmix nan", "--ema 1", "--mixup-off-epoch 1",
     "--distill 1", "--temperature 2", "--teacher nowhere.pt", "--minutes 1", "--minutes 0", "--runs 0",
-    "--device cpu --cuda-graph", "--opt lbfgs --cuda-graph",
+    "--device cpu --cuda-graph", "--opt lbfgs --cuda-graph", "--device tpu:0", "--opt lbfgs --clip-grad 1",
 ]  # fmt: skip
 
 

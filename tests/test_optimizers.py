@@ -248,6 +248,16 @@ def test_micro_batches_add_up_to_the_batch():
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("batch_norm, expected", [(False, [1] * 8), (True, [2] * 4)])
+def test_micro_batches_are_as_small_as_the_model_allows(batch_norm, expected):
+    model = mlp_mnist.MLP(hidden=(8,), batch_norm=batch_norm)
+    sizes = []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    args = arguments.parse(["--batch-size", "8", "--accum", "8"])[0]
+    train.backward(run_of(args, model), images_for(model, 8), torch.arange(8), 8)
+    assert sizes == expected
+
+
 def test_layer_rates_are_powers_of_the_decay_by_depth_from_the_top():
     found = rates(vit.ViT(**VIT), layer_decay=0.5)  # two blocks
     for name, rate in found.items():

@@ -187,3 +187,13 @@ def test_a_shared_machine_is_told_once(seconds, on_processor, policy, said, monk
         shared.tell(seconds, on_processor)
     assert len(lines) == said
     assert not said or ("40%" in lines[0] and "OMP_WAIT_POLICY=passive" in lines[0])
+
+
+def test_a_result_tells_the_arithmetic_of_its_training(tiny):
+    """A linear model needs two products a weight forward and two backward: none for the gradient of its input."""
+    flags = ["--model", "mlp", "--hidden", "none", "--data", "shapes", "--epochs", 2, "--device", "cpu", "--runs", 2]
+    assert call(*flags, "--out", "linear") == 0
+    images = 2 * 126  # two epochs of what is not held out
+    expected = 4 * 3072 * 10 * images / 1e15
+    for path in ("linear/seed-0/result.json", "linear/result.json"):
+        assert json.loads(Path(path).read_text())["train_pflops"] == pytest.approx(expected)

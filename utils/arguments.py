@@ -176,8 +176,9 @@ def _with_defaults(chosen, model, defaults, recipe, given):
     if opt == "rprop":  # it finds the size of its steps itself: a learning rate that changes does nothing
         args.sched = given.get("sched", "none")
         args.warmup_epochs = given.get("warmup_epochs", 0.0)
-    if opt == "lbfgs" and args.amp == "auto":  # its line search needs the digits
-        args.amp = "off"
+    if opt == "lbfgs":
+        args.clip_grad = given.get("clip_grad")  # its line search needs the loss's own gradient
+        args.amp = "off" if args.amp == "auto" else args.amp  # and all its digits
     args.warmup_epochs = warmup_within(args, given, args.epochs)
     return args
 
@@ -298,13 +299,15 @@ def check(args):
         raise ValueError(f"--minutes {args.minutes} can't foresee how long --compile takes: give --epochs")
     if distributed.world_size() > 1:
         reject_idle(args, {"runs", "minutes"}, f"in {distributed.world_size()} processes")
-    if args.cuda_graph and args.opt not in graphs.OPTIMIZERS:
-        raise ValueError(f"--cuda-graph can't record --opt {args.opt}: choose from {', '.join(graphs.OPTIMIZERS)}")
+    if args.cuda_graph and args.opt not in graphs.RECORDABLE:
+        raise ValueError(f"--cuda-graph can't record --opt {args.opt}: choose from {', '.join(graphs.RECORDABLE)}")
     if args.cuda_graph and (args.compile or distributed.world_size() > 1):
         raise ValueError("--cuda-graph is for one process without --compile: leave it out")
     losses.parse(args.loss)
     if args.nesterov and args.momentum == 0:
         raise ValueError("--nesterov needs a --momentum above 0")
+    if args.opt == "lbfgs":
+        reject_idle(args, {"clip_grad"}, "with --opt lbfgs, which searches along a line by the loss")
     if args.opt == "lbfgs" and args.amp == "fp16":
         raise ValueError("--opt lbfgs can't scale its gradients, as --amp fp16 must: use --amp off")
     if args.opt == "lbfgs" and distributed.world_size() > 1:

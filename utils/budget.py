@@ -18,13 +18,16 @@ from pathlib import Path
 
 import torch
 
-from utils import arguments, checkpoints, devices
+from utils import arguments, checkpoints, devices, finetune
 
 SOME = 2000  # images on which validation is timed
 
 
 def within_minutes(run, trial, training_batches, train_step, score):
-    """The same run, as long as --minutes allows. The arguments after `run` are those of epochs_within."""
+    """The same run, as long as --minutes allows.
+
+    `trial` is a copy of the run, to be thrown away; the others are the functions of the loop in train.py.
+    """
     epochs = epochs_within(trial, training_batches, train_step, score)
     warmup = arguments.warmup_within(run.args, run.args.given, epochs)
     args = arguments.changed(run.args, epochs=epochs, warmup_epochs=warmup)
@@ -32,18 +35,17 @@ def within_minutes(run, trial, training_batches, train_step, score):
 
 
 def epochs_within(trial, training_batches, train_step, score) -> float:
-    """How many epochs, in whole steps, fit into --minutes, validation and saving included.
-
-    `trial` is a copy of the run, to be thrown away; the others are the functions of the loop.
-    """
+    """How many epochs, in whole steps, fit into --minutes, validation and saving included. See within_minutes."""
     rng = devices.rng_state(trial.device)
     per_epoch = trial.steps_per_epoch
     epochs = (training_batches(trial, epoch * per_epoch, (epoch + 1) * per_epoch) for epoch in itertools.count())
     batches = itertools.chain.from_iterable(epochs)
 
     def step():
-        trial.model.train()
+        finetune.train_mode(trial.model)
         train_step(trial, *next(batches), seed=0)
+        if trial.ema:
+            trial.ema.update(trial.model)
 
     def save():  # a file about as large as last.pt and best.pt
         with tempfile.TemporaryDirectory() as folder:

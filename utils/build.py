@@ -10,6 +10,7 @@ import augment
 import data
 import optimizers
 from utils import arguments, devices, distributed, models
+from utils.ema import Ema
 
 
 def load_data(args):
@@ -97,6 +98,7 @@ def trial(run, **changes):
     args = arguments.changed(run.args, **changes)
     model = copy.deepcopy(run.model)
     optimizer, scaler = make_optimizer(args, model), devices.grad_scaler(run.device, run.precision)
+    ema = Ema(model, args.ema) if args.ema else None
     return dataclasses.replace(
-        run, args=args, model=model, ddp_model=model, ema=None, optimizer=optimizer, scaler=scaler
+        run, args=args, model=model, ddp_model=model, ema=ema, optimizer=optimizer, scaler=scaler
     )

@@ -18,8 +18,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = available[0]
     kind, colon, index = name.partition(":")
-    fits = not colon or (index.isascii() and index.isdecimal() and int(index) < getattr(torch, kind).device_count())
-    if kind not in available or not fits:
+    numbered = index.isascii() and index.isdecimal()
+    if kind not in available or (colon and not (numbered and int(index) < getattr(torch, kind).device_count())):
         raise ValueError(f"device {name} is not available (available: {', '.join(available)})")
     return torch.device(name)
 
@@ -98,7 +98,7 @@ class SharedMachine:
 
 
 def rng_state(device: torch.device) -> dict:
-    """Every random-number state that training reads, as tensors."""
+    """The random-number states that training reads on a CPU and on CUDA, as tensors. MPS's isn't among them."""
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,

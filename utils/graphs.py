@@ -14,13 +14,16 @@ from collections.abc import Callable
 
 import torch
 
-OPTIMIZERS = ("sgd", "adam", "adamw", "muon")  # whose steps read no number from the device
+RECORDABLE = ("sgd", "adam", "adamw", "muon")  # whose steps read no number from the device
 WARM_UP = 3  # steps before the graph is recorded, as torch asks for
 TOLERANCE = 0.05  # of the change of a tensor in a step: some kernels don't repeat all their digits
 
 
 def recorded(train_step: Callable, run, log: Callable) -> Callable:
-    """With --cuda-graph a function like train_step whose steps are replayed, else train_step itself."""
+    """With --cuda-graph a function like train_step whose steps are replayed, else train_step itself.
+
+    It is for one process, which has the whole of every batch, and for optimizers that read no `seed`.
+    """
     if not run.args.cuda_graph:
         return train_step
 
@@ -32,9 +35,9 @@ def recorded(train_step: Callable, run, log: Callable) -> Callable:
 
 
 class GraphedStep:
-    """A step that is recorded in its fourth call, compared with an eager one, and from then on replayed.
+    """A step that is recorded after three full batches, compared with an eager one, and from then on replayed.
 
-    If the recording fails, or the replay differs by more than rounding, one line says so and all steps are eager.
+    If the recording fails, or a replay differs by more than TOLERANCE, one line says so and all steps are eager.
     Batches of another size than `batch_size` are eager always. Mixed labels have a graph of their own.
     """
 
@@ -101,7 +104,7 @@ class GraphedStep:
             self.graphs[labels.dtype] = graph, *inputs, output
             replayed = self.replay(images, labels)
             error = difference([*state, replayed], [*eager, totals], [*before, torch.zeros_like(totals)])
-            reason = f"the replay differs from the step by {error:.2g} of it" if not error <= TOLERANCE else ""
+            reason = f"the replay differs from the step by {error:.2g} of it" if error > TOLERANCE else ""
         except RuntimeError as failure:
             reason = str(failure).split("\n")[0]
         if reason:

@@ -8,7 +8,7 @@ from statistics import fmean, linear_regression, median
 def explain(history: list[dict], best: dict | None, monitor: str, chance: float) -> str:
     """Say in one line why `monitor` hasn't improved since the best row, and what to try.
 
-    `chance` is the cross-entropy of a uniform guess, ln(classes).
+    `chance` is the loss where all logits are 0: of cross-entropy ln(classes).
     """
     last = history[-1]
     if best is None:

@@ -317,6 +317,7 @@ def over_seeds(results: list[dict]) -> tuple[str, dict]:
         f"{split}_acc_std": std,
         "n": len(accs),
         "train_seconds": seconds,
+        "train_pflops": statistics.fmean(result["train_pflops"] for result in results),
         "runs": [{key: result[key] for key in own} for result in results],
     }
 
