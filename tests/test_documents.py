@@ -143,5 +143,8 @@ def test_every_lesson_has_its_table_its_plot_and_its_command():
         assert "\n".join(compare.table(content["variants"])) in text, name
         assert f"`python compare.py @lessons/{name}.args`" in text and f"(results/lessons/{name}.png)" in text
         assert (RESULTS / "lessons" / f"{name}.png").exists() and content["test"] == "winner"
-        own, _ = compare.make_parser().parse_known_args([f"@{HERE / 'lessons' / name}.args"])
+        own, rest = compare.make_parser().parse_known_args([f"@{HERE / 'lessons' / name}.args"])
         assert {v["name"]: v["flags"] for v in content["variants"]} == compare.variants_of(own)
+        assert content["seeds"] == list(range(own.runs)), name
+        # CIFAR-10 as JPEG was named on the command line, behind the lesson's own flags.
+        assert content["flags"] in (rest, [*rest, "--data", "data/cifar10-images"]), name
