@@ -118,13 +118,65 @@ def mean_and_spread(rows, key):
     return list(values), means, [statistics.stdev(at) if count > 1 else 0.0 for at in values.values()]
 
 
+def line_widths(curves):
+    """A width for each of some curves: of equal ones, which would hide each other, the lower ones are the wider."""
+    return [1.6 + 2 * curves[i + 1 :].count(curve) for i, curve in enumerate(curves)]
+
+
+def draw_metric(axis, runs, quantity, unit, best):
+    """Plot training and validation of a quantity on an axis. Returns which of them there are."""
+    drawn = set()
+    for split, (style, _) in STYLES.items():
+        curves = [mean_and_spread(rows, f"{split}_{quantity}") for rows in runs.values()]
+        widths = line_widths([repr(curve) for curve in curves])
+        for name, colour, width, (epochs, means, spreads) in zip(runs, COLOURS, widths, curves, strict=False):
+            if all(math.isnan(mean) for mean in means):
+                continue
+            drawn.add(split)
+            means = [unit * value for value in means]
+            spreads = [unit * value for value in spreads]
+            marker = "." if len(epochs) == 1 else None
+            axis.plot(epochs, means, style, color=colour, linewidth=width, marker=marker)
+            if any(spreads):
+                low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
+                high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+                axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
+            if split == "val" and best[name] in epochs:
+                axis.plot(best[name], means[epochs.index(best[name])], "o", color=colour, markersize=6)
+    return drawn
+
+
+def draw_lr(axis, runs):
+    """Plot the learning rates, relative to their highest if they would hide each other. Returns the label."""
+    peaks = {name: max(row["lr"] for row in rows) for name, rows in runs.items()}
+    relative = max(peaks.values()) > 5 * min(peaks.values()) > 0
+    curves = []
+    for name, rows in runs.items():
+        epochs, lrs, _ = mean_and_spread(rows, "lr")
+        curves.append((epochs, [100 * lr / peaks[name] for lr in lrs] if relative else lrs))
+    for colour, width, (epochs, lrs) in zip(COLOURS, line_widths(curves), curves, strict=False):
+        stays = 2 * len(set(lrs)) <= len(lrs)  # a schedule of steps falls between epochs, not along them
+        style = "steps-pre" if stays else "default"
+        marker = "." if len(epochs) == 1 else None
+        axis.plot(epochs, lrs, drawstyle=style, color=colour, linewidth=width, marker=marker)
+    axis.set_ylim(bottom=0)
+    axis.ticklabel_format(axis="y", scilimits=(-2, 4))
+    return "learning rate (% of its highest)" if relative else "learning rate"
+
+
+def best_epoch(rows):
+    """The epoch with the highest validation accuracy, or None."""
+    epochs, means, _ = mean_and_spread(rows, "val_acc")
+    accuracies = {epoch: mean for epoch, mean in zip(epochs, means, strict=True) if not math.isnan(mean)}
+    return max(accuracies, key=accuracies.get, default=None)
+
+
 def draw(runs, path, best=None):
     """Draw runs, a dict of name -> rows, into a PNG file at `path`.
 
     Rows of the same epoch, from runs with several seeds, become their mean in a band of one standard deviation. A dot
-    marks the best epoch of a run: best[name], else the one with the highest validation accuracy. Learning rates that
-    would hide each other are drawn relative to their highest. Raises ImportError without matplotlib, ValueError for
-    more runs than there are colours.
+    marks the best epoch of a run: best[name], else the one with the highest validation accuracy. Raises ImportError
+    without matplotlib, ValueError for more runs than there are colours.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -135,49 +187,20 @@ def draw(runs, path, best=None):
     columns = min(len(runs), max(1, 130 // (max(map(len, runs)) + 8)))  # of the names above the plots
     figure = Figure(figsize=(10, 3.5 + 0.22 * math.ceil(len(runs) / columns)), layout="constrained")
     axes = figure.subplots(1, 3)
-    peaks = {name: max(row["lr"] for row in rows) for name, rows in runs.items()}
-    relative = max(peaks.values()) > 5 * min(peaks.values()) > 0
-    drawn = set()  # which of training and validation
-    for (name, rows), colour in zip(runs.items(), COLOURS, strict=False):
-        epochs, means, _ = mean_and_spread(rows, "val_acc")
-        accuracies = {epoch: mean for epoch, mean in zip(epochs, means, strict=True) if not math.isnan(mean)}
-        at = (best or {}).get(name) or max(accuracies, key=accuracies.get, default=None)
-        for axis, quantity, unit in ((axes[0], "loss", 1), (axes[1], "acc", 100)):
-            for split, (style, _) in STYLES.items():
-                epochs, means, spreads = mean_and_spread(rows, f"{split}_{quantity}")
-                if all(math.isnan(mean) for mean in means):
-                    continue
-                drawn.add(split)
-                means = [unit * value for value in means]
-                spreads = [unit * value for value in spreads]
-                axis.plot(epochs, means, style, color=colour, linewidth=1.6, marker="." if len(epochs) == 1 else None)
-                if any(spreads):
-                    low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
-                    high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
-                    axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
-                if split == "val" and at in epochs:
-                    axis.plot(at, means[epochs.index(at)], "o", color=colour, markersize=6)
-        epochs, lrs, _ = mean_and_spread(rows, "lr")
-        if relative:
-            lrs = [100 * lr / peaks[name] for lr in lrs]
-        stays = 2 * len(set(lrs)) <= len(lrs)  # a schedule of steps falls between epochs, not along them
-        style = "steps-pre" if stays else "default"
-        axes[2].plot(
-            epochs, lrs, drawstyle=style, color=colour, linewidth=1.6, marker="." if len(epochs) == 1 else None
-        )
-
-    lr_label = "learning rate (% of its highest)" if relative else "learning rate"
+    best = {name: (best or {}).get(name) or best_epoch(rows) for name, rows in runs.items()}
+    drawn = draw_metric(axes[0], runs, "loss", 1, best)
+    draw_metric(axes[1], runs, "acc", 100, best)
+    lr_label = draw_lr(axes[2], runs)
     for axis, label in zip(axes, ("loss (mean per image)", "accuracy (%)", lr_label), strict=True):
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
-    axes[2].set_ylim(bottom=0)
     losses = [abs(row[key]) for rows in runs.values() for row in rows for key in ("train_loss", "val_loss")]
     losses = [loss for loss in losses if math.isfinite(loss)]
     if losses and max(losses) > 20 * statistics.median(losses) > 0:
         axes[0].set_yscale("log")  # one spike would flatten all the rest
-    axes[2].ticklabel_format(axis="y", scilimits=(-2, 4))
+
     names = [Line2D([], [], color=colour, linewidth=5, label=name) for name, colour in zip(runs, COLOURS, strict=False)]
     legend = figure.legend(handles=names, loc="outside upper center", ncols=columns, frameon=False)
     for text in legend.get_texts():

@@ -375,3 +375,10 @@ def test_a_spike_makes_the_loss_axis_logarithmic(tmp_path, monkeypatch):
     plot.draw({"calm": calm}, tmp_path / "a.png")
     plot.draw({"spike": [*calm[:2], calm[2] | dict(train_loss=5137.0), calm[3]]}, tmp_path / "b.png")
     assert scales == ["linear", "log"]
+
+
+def test_equal_curves_do_not_hide_each_other():
+    a, b = ([1, 2], [0.5, 0.6]), ([1, 2], [0.5, 0.7])
+    assert plot.line_widths([a, b]) == [1.6, 1.6]
+    widths = plot.line_widths([a, b, a, a])
+    assert widths[0] > widths[2] > widths[3] == widths[1]  # drawn in this order, the last on top

@@ -72,7 +72,13 @@ def make_parser(model, program="train.py"):
     flag("--compile", action=argparse.BooleanOptionalAction, default=False, help=compiling)
     flag("--cuda-graph", action="store_true", help="record a step as one CUDA graph and replay it")
     flag("--out", metavar="DIR", help="output folder (runs/<model>-<data>-<opt>-<sched>)")
-    flag("--log-interval", type=int, default=0, metavar="N", help="log the mean since the epoch began every N steps too (0)")
+    flag(
+        "--log-interval",
+        type=int,
+        default=0,
+        metavar="N",
+        help="log the mean since the epoch began every N steps too (0)",
+    )
     flag("--save-every", type=int, default=0, metavar="N", help="write last.pt every N steps too (0: every epoch)")
     flag("--tensorboard", action="store_true", help="write TensorBoard events too")
     flag("--resume", metavar="FILE", help="go on with the run that wrote this last.pt")
