@@ -239,7 +239,7 @@ def backward(run, images, labels, batch_size):
             run.scaler.scale(loss * (weight * distributed.world_size())).backward()
         classes = y.argmax(1) if y.ndim == 2 else y  # mixup's labels are distributions
         if local_size:
-            totals[0].add_(loss.detach(), alpha=len(x))
+            totals[0].add_(loss.detach().to(totals.dtype), alpha=len(x))
             totals[1].add_((logits.argmax(1) == classes).sum())
             totals[2].add_(len(x))
     if run.args.clip_grad:
