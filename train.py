@@ -133,10 +133,6 @@ def prepare(args) -> Run:
     device = distributed.local_device(devices.choose_device(args.device))
     devices.speed_up(device)
     precision = devices.choose_precision(args.amp, device)
-    if args.cuda_graph and (device.type != "cuda" or precision == "fp16"):
-        raise ValueError(
-            f"--cuda-graph needs a CUDA device and bf16 or fp32, not {device.type} in {precision}: leave it out"
-        )
     dataset, train_split, val_split = build.load_data(args)
     if args.data in data.DOWNLOADS and dataset.name == "shapes":
         args = arguments.changed(args, data="shapes")  # load_data fell back: the set can't be downloaded
@@ -154,10 +150,7 @@ def prepare(args) -> Run:
     optimizer = build.make_optimizer(args, model)
     ema = Ema(model, args.ema) if args.ema else None
     if args.compile:
-        try:
-            model.compile()  # in place: the names of its weights stay
-        except RuntimeError as error:  # not on this version of Python, or not on this system
-            raise ValueError(f"--compile doesn't work here, use --no-compile: {error}") from None
+        build.compile_in_place(model)
     run = Run(
         args=args,
         dataset=dataset,
@@ -174,10 +167,7 @@ def prepare(args) -> Run:
         scaler=devices.grad_scaler(device, precision),
         schedule=None if args.minutes and not args.resume else arguments.make_schedule(args),
     )
-    if args.cuda_graph and args.batch_size > len(run.train.labels):
-        raise ValueError(
-            f"--cuda-graph records full batches, and --batch-size {args.batch_size} is more than all images"
-        )
+    graphs.check(run)
     if min(args.batch_size, len(run.train.labels)) < run.smallest_batch:
         rule = f"of {len(run.train.labels)} images must be >= {run.smallest_batch}"
         raise ValueError(f"--batch-size {args.batch_size} {rule}: batch norm can't train on one image in a process")

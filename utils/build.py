@@ -84,6 +84,14 @@ def make_optimizer(args, model):
     return optimizer
 
 
+def compile_in_place(model):
+    """torch.compile a model; the names of its weights stay."""
+    try:
+        model.compile()
+    except RuntimeError as error:  # not on this version of Python, or not on this system
+        raise ValueError(f"--compile doesn't work here, use --no-compile: {error}") from None
+
+
 def flops_per_image(run) -> float:
     """Floating-point operations of training on one image, forward and backward, without the optimizer's."""
     model = copy.deepcopy(run.model).train()

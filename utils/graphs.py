@@ -34,6 +34,18 @@ def recorded(train_step: Callable, run, log: Callable) -> Callable:
     return lambda run, images, labels, batch_size, seed: graphed(images, labels)
 
 
+def check(run):
+    """Raise ValueError for a run that can't be recorded."""
+    args = run.args
+    if not args.cuda_graph:
+        return
+    if run.device.type != "cuda" or run.precision == "fp16":
+        where = f"{run.device.type} in {run.precision}"
+        raise ValueError(f"--cuda-graph needs a CUDA device and bf16 or fp32, not {where}: leave it out")
+    if args.batch_size > len(run.train.labels):
+        raise ValueError(f"--cuda-graph needs full batches: --batch-size {args.batch_size} is more than all images")
+
+
 class GraphedStep:
     """A step that is recorded after three full batches, compared with an eager one, and from then on replayed.
 
