@@ -28,12 +28,17 @@ def seconds(result):
     return f"{taken:.1f} s" if taken < 10 else f"{taken:,.0f} s"
 
 
+def pflops(result):
+    """The arithmetic of the training in PFLOPs; files from before it was counted have none."""
+    return f"{result['train_pflops']:.2g}" if "train_pflops" in result else "-"
+
+
 def results_rows():
     for path in sorted(RESULTS.glob("runs/*.json")):
         result = json.loads(path.read_text())
         command = result["command"].removeprefix("python ")
         cells = [f"[{path.stem}](runs/{path.name})", DATASETS[result["data"]], accuracy(result), seconds(result)]
-        yield f"| {' | '.join(cells)} | `{command}` |"
+        yield f"| {' | '.join(cells)} | {pflops(result)} | `{command}` |"
 
 
 def test_results_are_those_of_the_files():
@@ -43,11 +48,12 @@ def test_results_are_those_of_the_files():
 
 
 def test_the_rows_of_the_front_page_are_those_of_the_files():
-    rows = re.findall(r"^\| .+ \| (.+) \| \[(.+)\]\(results/(runs/.+\.json)\) \| (.+) \| .+ \|$", readme(), re.M)
+    rows = re.findall(r"^\| .+ \| (.+) \| \[(.+)\]\(results/(runs/.+\.json)\) \| (.+) \| (.+) \| .+ \|$", readme(), re.M)
     assert len(rows) == 5
-    for data, acc, path, took in rows:
+    for data, acc, path, took, work in rows:
         result = json.loads((RESULTS / path).read_text())
-        assert (data, acc, took) == (DATASETS[result["data"]], accuracy(result), seconds(result)), path
+        expected = (DATASETS[result["data"]], accuracy(result), seconds(result), pflops(result))
+        assert (data, acc, took, work) == expected, path
 
 
 def readme():
