@@ -249,6 +249,8 @@ def main():
     options = {name: value for name, value in vars(args).items() if name not in ("sched", "plot")}
     if len(args.sched) > 1 and not args.plot:
         parser.error(f"--sched {','.join(args.sched)} needs --plot FILE: one CSV holds one schedule")
+    if args.plot is not None and not os.path.splitext(args.plot)[1]:
+        parser.error(f"--plot {args.plot} must end in .png, .pdf or .svg")
     if not args.epochs <= MOST_EPOCHS:
         parser.error(f"--epochs {args.epochs:g} must be at most {MOST_EPOCHS:,} to print or plot them")
     read = {"warmup_epochs", *(option for name in args.sched for option in options_of(name))}

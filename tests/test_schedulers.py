@@ -131,6 +131,6 @@ def test_schedulers_command_line(tmp_path):
     assert done.stdout.splitlines() == ["epoch,lr", "0,1", "1,1", "2,0.1", "3,0.1", "4,0.01"]
     done = python(HERE / "schedulers.py", "--sched", "all", "--plot", tmp_path / "all.png")
     assert done.returncode == 0 and Image.open(tmp_path / "all.png").width > 600
-    for wrong in (["--sched", "all"], ["--gamma", "7"], ["--epochs", "nan"], ["--sched", "nope"]):
+    for wrong in (["--sched", "all"], ["--plot", "x"], ["--gamma", "7"], ["--epochs", "nan"], ["--sched", "nope"]):
         done = python(HERE / "schedulers.py", *wrong)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
