@@ -468,3 +468,8 @@ def test_ctrl_c_during_the_imports_is_no_traceback(command, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT and said == b""
+
+
+def test_what_argparse_rejects_is_escaped_too(tiny, capsys):
+    assert rejected(*TINY_MLP, "\x1b[31mred\n") == 2
+    one_line(capsys, "\\x1b[31mred")

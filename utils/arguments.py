@@ -16,7 +16,7 @@ import data
 import losses
 import optimizers
 import schedulers
-from utils import checkpoints, distributed, graphs
+from utils import checkpoints, distributed, errors, graphs
 from utils.models import MODELS, read_init
 
 DATA_DIR = "data"
@@ -37,6 +37,9 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line):
         return split_flags(line)
+
+    def error(self, message):
+        super().error(errors.one_line(message))
 
 
 def split_flags(text: str) -> list[str]:
