@@ -196,6 +196,8 @@ def table(rows):
 def draw(rows, results, path):
     """The curves of the best variants, as many as there are colours. Returns a note on what isn't drawn, or ''."""
     drawn = [row["name"] for row in rows if row["n"]][: len(plot.COLOURS)]
+    if not drawn:
+        return "no compare.png: no variant has a result"
     curves = {}
     for name in drawn:
         curves[name] = [row for result in results[name] for row in plot.read(result["folder"])]
@@ -203,6 +205,8 @@ def draw(rows, results, path):
         plot.draw(curves, path, best=dict.fromkeys(curves))
     except ImportError:
         return "no compare.png: pip install matplotlib"
+    except Exception as error:  # as of a run's curves: a plot is no reason to fail
+        return f"no compare.png ({errors.one_line(error)[:200]})"
     left = sum(1 for row in rows if row["n"]) - len(drawn)
     return f"compare.png shows the best {len(drawn)}, {left} more are in the table" if left else ""
 
@@ -254,7 +258,7 @@ def command(argv):
     checkpoints.write((json.dumps(content, indent=1) + "\n").encode(), out / "compare.json")
     checkpoints.write(("\n".join([f"`{run_folder.command()}`", "", *lines]) + "\n").encode(), out / "compare.md")
     print("\n".join(["", *lines]))
-    print(f"wrote compare.json, compare.md and compare.png to {out}")
+    print(f"wrote compare.json and compare.md to {out}")
     return 1 if any(failures.values()) else 0
 
 

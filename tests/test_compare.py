@@ -125,3 +125,10 @@ def test_a_folder_with_other_runs_is_rejected(tiny, monkeypatch, capsys):
     assert compared(*BASE, *cases, "--batch-size", 32, "--out", "c") == 1
     assert "holds runs with another --batch-size" in capsys.readouterr().err
     assert checkpoints.load("c/a/seed-0/best.pt")["epoch"] == before
+
+
+def test_where_all_fail_the_table_says_so(tiny, capsys):
+    assert compared(*BASE, "--vary", "lr=1e37,1e36", "--opt", "sgd", "--out", "c") == 1
+    captured = capsys.readouterr()
+    assert "no compare.png: no variant has a result" in captured.out and captured.err == ""
+    assert all(row["n"] == 0 for row in content("c")["variants"])

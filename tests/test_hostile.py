@@ -473,3 +473,8 @@ def test_ctrl_c_during_the_imports_is_no_traceback(command, tmp_path):
 def test_what_argparse_rejects_is_escaped_too(tiny, capsys):
     assert rejected(*TINY_MLP, "\x1b[31mred\n") == 2
     one_line(capsys, "\\x1b[31mred")
+
+
+def test_two_dashes_are_no_value(tiny, capsys):
+    assert rejected(*TINY_MLP, "--cutmix=--") == 2
+    one_line(capsys, "--cutmix: -- is no value")

@@ -9,6 +9,7 @@ on; those of the run itself are here.
 import argparse
 import math
 import shlex
+import sys
 from pathlib import Path
 
 import augment
@@ -37,6 +38,13 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line):
         return split_flags(line)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for word in args:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would make an empty list of it
+                self.error(f"argument {word[:-3]}: -- is no value")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         super().error(errors.one_line(message))
