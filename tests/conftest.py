@@ -25,6 +25,8 @@ HERE = Path(__file__).parent.parent
 
 
 torch.set_num_threads(1)  # the models are small: a second thread would mostly wait
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with these ignored,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and the runs of tests would ignore them, too
 
 
 VIT = dict(image_size=32, patch_size=4, num_classes=10, dim=32, depth=2, heads=2, mlp_dim=64)

@@ -264,6 +264,7 @@ def test_a_folder_that_changes_while_it_is_decoded(tiny, monkeypatch, capsys):
     assert "changed while" in capsys.readouterr().err and not Path("data/cache").exists()
 
 
+@pytest.mark.slow
 def test_no_dead_flag(tiny, monkeypatch, capsys):
     """Every flag of every model is in the table above, and changes there what it says."""
     flags = {dest for name in models.MODELS for dest in vars(arguments.make_parser(name).parse_args([]))}
