@@ -21,7 +21,8 @@ def torchrun(count, *argv, cwd, restarts=0):
     return python("-m", "torch.distributed.run", *options, *argv, cwd=cwd)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
 def test_processes_follow_the_run_of_one(count, tmp_path):
     # The last batch has one image: fewer than there are processes.
     flags = "--hidden 32 --no-batch-norm --dropout 0 --data shapes --epochs 2 --limit 301 --val-split 501"

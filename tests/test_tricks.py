@@ -129,6 +129,7 @@ def test_sigterm_saves(tmp_path):
     assert checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)["step"] > 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_leaves_at_once(tmp_path):
     command = [sys.executable, HERE / "train.py", *TINY_MLP, "--epochs", "500", "--out", "run", "--save-every", "1"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
