@@ -93,6 +93,7 @@ def test_runs_report_mean_and_deviation(tiny, capsys):
     assert call(*TINY_MLP, "--runs", 3, "--out", "many") == 2
 
 
+@pytest.mark.slow
 def test_minutes(tiny, monkeypatch, capsys):
     """The run lands on time, its schedule at its end; a replay by --epochs needs no clock."""
     real = train.backward
