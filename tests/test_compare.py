@@ -132,3 +132,9 @@ def test_where_all_fail_the_table_says_so(tiny, capsys):
     captured = capsys.readouterr()
     assert "no compare.png: no variant has a result" in captured.out and captured.err == ""
     assert all(row["n"] == 0 for row in content("c")["variants"])
+
+
+def test_a_file_in_place_of_the_folder_is_one_line(tiny, capsys):
+    Path("file").write_text("not a folder")
+    assert compared(*BASE, "--vary", "lr=0.1,0.01", "--out", "file") == 2
+    assert capsys.readouterr().err == "compare.py: error: --out file is no folder: name another one\n"
