@@ -203,12 +203,8 @@ DEFAULTS = {
     "muon": {"lr": 2e-3, "weight_decay": 0.05, "momentum": 0.95},
     "lbfgs": {"lr": 1.0},
 }
-GROUP_OPTIONS = {
-    "weight_decay",
-    "decay_all",
-    "layer_decay",
-    "lr_scale",
-}  # flags that parameter_groups reads: they lie in the groups
+# The flags that parameter_groups reads: their values lie in the groups.
+GROUP_OPTIONS = {"weight_decay", "decay_all", "layer_decay", "lr_scale"}
 
 
 def options_of(opt: str) -> set[str]:

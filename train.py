@@ -310,7 +310,7 @@ def train_until(end, run, progress, folder, caught, take_step):
         multiplier = lr_multiplier(run, progress.step, progress.history)
         for group in run.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
-        seed = (progress.step + 1_000_003 * args.seed) % 2**63
+        seed = (progress.step + 1_000_003 * args.seed) % 2**63  # of L-BFGS's dropout: another one in each step and run
         progress.totals += take_step(run, images, labels, batch_size, seed)
         if run.ema:
             run.ema.update(run.model)
