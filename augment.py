@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 CHUNK = 1024  # images: small batches are augmented together, in chunks, which takes less time
+GPU_CHUNK = 2**25  # numbers: a GPU waits for launches, so its chunks are as large as memory easily holds
 
 
 def seeded(*key, device="cpu") -> Generator:
@@ -57,7 +58,10 @@ def batches(
     """
     edges = bounds(len(split[1]), batch_size, least)
     steps = range(first, len(edges), every)
-    per_chunk = 1 if key is None else max(1, CHUNK // batch_size)
+    per_chunk = 1
+    if key is not None:
+        chunk = GPU_CHUNK // split[0][0].numel() if torch.device(device).type == "cuda" else CHUNK
+        per_chunk = max(1, chunk // batch_size)
     options = {"crop_pad": crop_pad, "flip": flip, "augment": augment, "erase": erase}
     chunks = augmented_chunks(
         split, edges, steps, per_chunk, mean=mean, std=std, device=device, key=key, **options

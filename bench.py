@@ -32,7 +32,7 @@ from torchvision import transforms
 
 import optimizers
 import train
-from utils import arguments, build, devices, errors, evaluation, run_folder
+from utils import arguments, build, devices, errors, evaluation, graphs, run_folder
 
 MODELS = {
     "mlp": "--model mlp --hidden 256,128,64 --no-batch-norm --batch-size 64",
@@ -92,6 +92,7 @@ def ours(run, cached):
     """(b), and with `cached` (c)."""
     run = build.trial(run)
     run.model.train()
+    take_step = graphs.recorded(train.train_step, run, print)
     yield run.model
 
     def batches():
@@ -100,7 +101,7 @@ def ours(run, cached):
             yield from train.training_batches(run, first, first + run.steps_per_epoch)
 
     for step, batch in enumerate(itertools.repeat(next(batches())) if cached else batches()):
-        train.train_step(run, *batch, seed=step)
+        take_step(run, *batch, seed=step)
         yield len(batch[1])
 
 

@@ -65,7 +65,7 @@ class Run:
     device: torch.device
     precision: str  # "fp32", "bf16" or "fp16"
     model: torch.nn.Module
-    ddp_model: torch.nn.Module  # the same model; in several processes wrapped, so that they share their gradients
+    train_model: torch.nn.Module  # the same, as it's trained: compiled, or wrapped so that processes share gradients
     ema: Ema | None  # its model, whose weights are moving averages
     loss: Callable  # (logits, labels) -> mean loss
     teacher: Callable | None  # images -> logits
@@ -149,8 +149,9 @@ def prepare(args) -> Run:
         teacher = models.load_teacher(args.teacher, dataset, device, lambda: devices.autocast(device, precision))
     optimizer = build.make_optimizer(args, model)
     ema = Ema(model, args.ema) if args.ema else None
+    train_model = distributed.wrap_ddp(model, device)
     if args.compile:
-        build.compile_in_place(model)
+        train_model = build.compiled(train_model)
     run = Run(
         args=args,
         dataset=dataset,
@@ -159,7 +160,7 @@ def prepare(args) -> Run:
         device=device,
         precision=precision,
         model=model,
-        ddp_model=distributed.wrap_ddp(model, device),
+        train_model=train_model,
         ema=ema,
         loss=losses.parse(args.loss, args.smoothing),
         teacher=teacher,
@@ -217,15 +218,15 @@ def backward(run, images, labels, batch_size):
     count = max(1, min(run.args.accum, local_size // (2 if run.has_batch_norm else 1)))
     micro_batches = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
     for i, (x, y) in enumerate(micro_batches, start=1):
-        with distributed.sync_gradients(run.ddp_model, i == count):
+        with distributed.sync_gradients(run.train_model, i == count):
             with run.autocast():
-                logits = run.ddp_model(x)
+                logits = run.train_model(x)
             logits = logits.float()
             loss = run.loss(logits, y)
             if run.teacher:
                 loss = loss + run.args.distill * losses.distillation(logits, run.teacher(x), run.args.temperature)
             weight = len(x) / batch_size if local_size else 0.0  # so that unequal micro-batches make the batch's mean
-            # ddp_model takes the mean of the gradients over the processes; the batch's gradient is their sum.
+            # train_model takes the mean of the gradients over the processes; the batch's gradient is their sum.
             run.scaler.scale(loss * (weight * distributed.world_size())).backward()
         classes = y.argmax(1) if y.ndim == 2 else y  # mixup's labels are distributions
         if local_size:
@@ -300,7 +301,7 @@ def train(run, progress, folder, caught):
 def train_until(end, run, progress, folder, caught, take_step):
     """Take steps up to number `end` of this epoch, or up to a signal."""
     args = run.args
-    finetune.train_mode(run.ddp_model)
+    finetune.train_mode(run.train_model)
     batches = training_batches(run, progress.step, end)
     if distributed.rank() == 0:
         name = f"epoch {len(progress.history) + 1}"

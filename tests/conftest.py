@@ -99,7 +99,7 @@ def run_of(args, model):
         device=device,
         precision="fp32",
         model=model,
-        ddp_model=model,
+        train_model=model,
         ema=None,
         loss=losses.parse(args.loss, args.smoothing),
         teacher=None,

@@ -23,15 +23,39 @@ class Recording:
         type(self).again()
 
 
+class Generator:
+    """Stands for that of the GPU: a failed recording may leave its old state unusable, so that gets another one."""
+
+    def __init__(self):
+        self.state = [torch.get_rng_state()]
+
+    def get_state(self):
+        return torch.get_rng_state()
+
+    def set_state(self, state):
+        torch.set_rng_state(state)
+
+    def clone_state(self):
+        return Generator()
+
+    def graphsafe_get_state(self):
+        return self.state
+
+    def graphsafe_set_state(self, state):
+        self.state = state
+        torch.set_rng_state(state[0])
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch):
+    real = dict(enumerate(torch.cuda.default_generators))
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", torch.set_rng_state)
+    monkeypatch.setattr(torch.cuda, "default_generators", {None: Generator(), **real})
 
 
 def weights_after(change, monkeypatch, lines, calls=6):

@@ -33,8 +33,8 @@ def test_every_optimizer_with_every_schedule(opt, tiny):
 
 def test_compile_changes_no_name_and_no_number(tiny, monkeypatch, capsys):
     """With a compiler that leaves everything as it is; the true one needs a C++ compiler and half a minute."""
-    compile_model = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_model(model, backend="eager"))
+    compiled_model = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled_model(model, backend="eager"))
     assert call(*TINY_MLP, "--out", "plain") == 0 and call(*TINY_MLP, "--out", "compiled", "--compile") == 0
     plain, compiled = (checkpoints.load(f"{name}/best.pt") for name in ("plain", "compiled"))
     assert same(plain["state_dict"], compiled["state_dict"]) and "compiled\n" in capsys.readouterr().out
@@ -42,7 +42,7 @@ def test_compile_changes_no_name_and_no_number(tiny, monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_model(model, backend=broken))
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled_model(model, backend=broken))
     assert call(*TINY_MLP, "--compile") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "--no-compile" in line
@@ -66,7 +66,8 @@ class ReadsNothing(TorchDispatchMode):
     ],
 )
 def test_no_step_waits_for_the_device(device, flags, monkeypatch):
-    monkeypatch.setattr(augment, "CHUNK", 1)  # so that each step augments images, too
+    for chunk in ("CHUNK", "GPU_CHUNK"):
+        monkeypatch.setattr(augment, chunk, 1)  # so that each step augments images, too
     run = train.prepare(arguments.parse([*flags.split(), "--device", device])[0])
     steps = bench.ours(run, cached=False)
     next(steps)  # the model

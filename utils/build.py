@@ -84,10 +84,10 @@ def make_optimizer(args, model):
     return optimizer
 
 
-def compile_in_place(model):
-    """torch.compile a model; the names of its weights stay."""
+def compiled(model):
+    """The same model for training, compiled at its first batch and for each further size of batches; see --compile."""
     try:
-        model.compile()
+        return torch.compile(model, dynamic=False)
     except RuntimeError as error:  # not on this version of Python, or not on this system
         raise ValueError(f"--compile doesn't work here, use --no-compile: {error}") from None
 
@@ -108,5 +108,5 @@ def trial(run, **changes):
     optimizer, scaler = make_optimizer(args, model), devices.grad_scaler(run.device, run.precision)
     ema = Ema(model, args.ema) if args.ema else None
     return dataclasses.replace(
-        run, args=args, model=model, ddp_model=model, ema=ema, optimizer=optimizer, scaler=scaler
+        run, args=args, model=model, train_model=model, ema=ema, optimizer=optimizer, scaler=scaler
     )

@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: one launch in place of hundreds. Needs torch alone.
+"""A training step as one CUDA graph: one launch in place of hundreds.
 
     from utils.graphs import GraphedStep
 
@@ -14,17 +14,41 @@ from collections.abc import Callable
 
 import torch
 
+from utils import distributed
+
 RECORDABLE = ("sgd", "adam", "adamw", "muon")  # whose steps read no number from the device
 WARM_UP = 3  # steps before the graph is recorded, as torch asks for
 TOLERANCE = 0.05  # of the change of a tensor in a step: some kernels don't repeat all their digits
 
 
-def recorded(train_step: Callable, run, log: Callable) -> Callable:
-    """With --cuda-graph a function like train_step whose steps are replayed, else train_step itself.
+def obstacle(run) -> str:
+    """Why a run's steps can't be recorded; "" if they can."""
+    args = run.args
+    if run.device.type != "cuda" or run.precision == "fp16":
+        return f"needs a CUDA device and bf16 or fp32, not {run.device.type} in {run.precision}"
+    if args.opt not in RECORDABLE:
+        return f"can't record --opt {args.opt}, only {', '.join(RECORDABLE)}"
+    if distributed.world_size() > 1:
+        return f"is for one process, not {distributed.world_size()}"
+    if args.batch_size > len(run.train.labels):
+        return f"needs full batches: --batch-size {args.batch_size} is more than all images"
+    return ""
 
-    It is for one process, which has the whole of every batch, and for optimizers that read no `seed`.
-    """
-    if not run.args.cuda_graph:
+
+def is_used(run) -> bool:
+    """Unless --no-cuda-graph says otherwise, where it can be."""
+    return run.args.cuda_graph is not False and not obstacle(run)
+
+
+def check(run):
+    """Raise ValueError if --cuda-graph was asked for and the run can't be recorded."""
+    if run.args.cuda_graph and obstacle(run):
+        raise ValueError(f"--cuda-graph {obstacle(run)}: leave it out")
+
+
+def recorded(train_step: Callable, run, log: Callable) -> Callable:
+    """A function like train_step whose steps are replayed, or train_step itself if no graph is to be used."""
+    if not is_used(run):
         return train_step
 
     def whole_step(images, labels):
@@ -32,18 +56,6 @@ def recorded(train_step: Callable, run, log: Callable) -> Callable:
 
     graphed = GraphedStep(whole_step, run.model, run.optimizer, batch_size=run.args.batch_size, log=log)
     return lambda run, images, labels, batch_size, seed: graphed(images, labels)
-
-
-def check(run):
-    """Raise ValueError for a run that can't be recorded."""
-    args = run.args
-    if not args.cuda_graph:
-        return
-    if run.device.type != "cuda" or run.precision == "fp16":
-        where = f"{run.device.type} in {run.precision}"
-        raise ValueError(f"--cuda-graph needs a CUDA device and bf16 or fp32, not {where}: leave it out")
-    if args.batch_size > len(run.train.labels):
-        raise ValueError(f"--cuda-graph needs full batches: --batch-size {args.batch_size} is more than all images")
 
 
 class GraphedStep:
@@ -104,11 +116,13 @@ class GraphedStep:
         """Take the step eagerly, then once more from the same state as the replay of a graph, and compare."""
         state = self.tensors()
         before = [x.clone() for x in state]
-        rng = torch.cuda.get_rng_state()
+        generator = torch.cuda.default_generators[images.device.index]
+        rng = generator.get_state()
         totals = self.step(images, labels)
-        eager = [x.clone() for x in state]
+        eager, eager_generator = [x.clone() for x in state], generator.clone_state()
         put_back(state, before)
-        torch.cuda.set_rng_state(rng)
+        generator.set_state(rng)
+        stream = torch.cuda.current_stream()
         try:
             graph, inputs = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
             with torch.cuda.graph(graph, stream=self.stream):
@@ -118,10 +132,13 @@ class GraphedStep:
             error = difference([*state, replayed], [*eager, totals], [*before, torch.zeros_like(totals)])
             reason = f"the replay differs from the step by {error:.2g} of it" if error > TOLERANCE else ""
         except RuntimeError as failure:
-            reason = str(failure).split("\n")[0]
+            reason = str(failure.__context__ or failure).split("\n")[0]  # not that the recording can't be ended
         if reason:
-            self.log(f"--cuda-graph doesn't work here, going on without it: {reason}")
+            self.log(f"a CUDA graph doesn't work here, going on without it: {reason}")
             self.failed = True
+            # A failed recording may leave its stream the current one, and the generator's state unusable.
+            torch.cuda.set_stream(stream)
+            generator.graphsafe_set_state(eager_generator.graphsafe_get_state())
             self.optimizer.zero_grad(set_to_none=True)  # they lie in the graph's memory
             put_back(state, eager)
             return totals

@@ -88,7 +88,7 @@ def load_teacher(path, dataset, device, autocast):
     """
     checkpoint = checkpoints.load(path)
     check_same_kind(checkpoint, f"--teacher {path}", dataset.classes, dataset.train.images)
-    model = rebuild(checkpoint).to(device).eval().requires_grad_(False)
+    model = rebuild(checkpoint).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (dataset.mean, dataset.std))
     its_mean, its_std = (torch.tensor(checkpoint[k], device=device)[:, None, None] for k in ("mean", "std"))
     scale = std / its_std

@@ -18,7 +18,7 @@ import torch
 
 import optimizers
 import plot
-from utils import arguments, build, checkpoints, devices, distributed
+from utils import arguments, build, checkpoints, devices, distributed, graphs
 
 RUN_FILES = ("best.pt", "last.pt", "metrics.csv", "result.json", "curves.png")
 DRAW_EVERY = 30  # seconds: drawing takes half of one
@@ -226,14 +226,13 @@ def write_events(writer, row: dict):
 def describe(run) -> list[str]:
     """The lines with which a run's log begins: what trains on what, where, with which options."""
     args, dataset = run.args, run.dataset
-    compiled = ", compiled" if args.compile else ""
+    how = run.precision + ", compiled" * args.compile + ", steps as one CUDA graph" * graphs.is_used(run)
     parameters = sum(p.numel() for p in run.model.parameters())
     shape = "x".join(str(n) for n in dataset.train.images.shape[1:])
     counts = f"{len(run.train.labels):,} images to train on, {len(run.val.labels):,} to validate"
     lines = [
         f"$ {command()}",
-        f"torch {torch.__version__}, python {platform.python_version()}, {devices.device_name(run.device)}, "
-        f"{run.precision}{compiled}",
+        f"torch {torch.__version__}, python {platform.python_version()}, {devices.device_name(run.device)}, {how}",
         f"{dataset.name}: {counts}, {len(dataset.test.labels):,} to test; {len(dataset.classes)} classes, {shape}",
         f"{args.model}: {parameters:,} parameters; {args.opt}, {args.sched}, {args.epochs:g} epochs, batches of "
         f"{args.batch_size}",
