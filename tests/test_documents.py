@@ -50,7 +50,7 @@ def test_results_are_those_of_the_files():
 def test_the_rows_of_the_front_page_are_those_of_the_files():
     row = r"^\| .+ \| (.+) \| \[(.+)\]\(results/(runs/.+\.json)\) \| (.+) \| (.+) \| .+ \|$"
     rows = re.findall(row, readme(), re.M)
-    assert len(rows) == 5
+    assert len(rows) == 11
     for data, acc, path, took, work in rows:
         result = json.loads((RESULTS / path).read_text())
         expected = (DATASETS[result["data"]], accuracy(result), seconds(result), pflops(result))
@@ -62,13 +62,13 @@ def readme():
 
 
 def test_the_recipes_of_the_front_page_have_the_arguments_of_their_files():
-    """All but the name of the folder and the number of seeds."""
+    """All but the name of the folder, the number of seeds, the machine, and where the images are."""
     pairs = re.findall(r"\(results/(runs/.+?\.json)\).+`python train.py @(recipes/.+?\.args)`", readme())
-    assert len(pairs) == 5
+    assert len(pairs) == 9
     for path, recipe in pairs:
         args = json.loads((RESULTS / path).read_text())["args"]
         ours = arguments.plain(arguments.parse([f"@{HERE / recipe}"])[0])
-        free = {"out", "runs", "data", "data_dir", "seed", "cuda_graph"}
+        free = {"out", "runs", "data", "data_dir", "seed", "device", "cuda_graph"}
         ours = json.loads(json.dumps(ours))  # tuples become lists
         odd = [name for name in args if name in ours and name not in free and args[name] != ours[name]]
         assert not odd, (recipe, odd)
@@ -89,6 +89,22 @@ def speed_rows():
 def test_speeds_are_those_of_bench():
     text, rows = (RESULTS / "README.md").read_text(), list(speed_rows())
     assert len(rows) == 6 and all(row in text for row in rows), "results/README.md should have:\n" + "\n".join(rows)
+
+
+def test_steps_on_a_gpu_are_those_of_the_file():
+    """By their numbers: the page describes the flags in words."""
+    text = (RESULTS / "README.md").read_text()
+    steps = json.loads((RESULTS / "steps-h100.json").read_text())
+    count = 0
+    for name, graph in steps.items():
+        flags = name.removesuffix(" --cuda-graph")
+        if flags != name:
+            eager = steps[f"{flags} --no-cuda-graph"]
+            cells = [f"{ms:.2f} ms" for ms in (graph["step_ms"], eager["step_ms"], graph["device_ms"])]
+            row = f"| {' | '.join(cells)} | {graph['tflops_per_second']:.0f} TFLOP/s | {graph['epoch_s']:.2f} s |"
+            assert row in text, row
+            count += 1
+    assert count == 7 and text.count(" TFLOP/s |") == 7
 
 
 @pytest.mark.parametrize("path", sorted(HERE.glob("recipes/*.args")), ids=lambda path: path.stem)
