@@ -257,6 +257,7 @@ def command(argv):
         "seeds": [own.seed + i for i in range(own.runs)],
         "variants": rows,
     }
+    out.mkdir(parents=True, exist_ok=True)  # where every variant was rejected, no run has made it
     checkpoints.write((json.dumps(content, indent=1) + "\n").encode(), out / "compare.json")
     checkpoints.write(("\n".join([f"`{run_folder.command()}`", "", *lines]) + "\n").encode(), out / "compare.md")
     print("\n".join(["", *lines]))

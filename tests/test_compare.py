@@ -127,10 +127,14 @@ def test_a_folder_with_other_runs_is_rejected(tiny, monkeypatch, capsys):
     assert checkpoints.load("c/a/seed-0/best.pt")["epoch"] == before
 
 
-def test_where_all_fail_the_table_says_so(tiny, capsys):
-    assert compared(*BASE, "--vary", "lr=1e37,1e36", "--opt", "sgd", "--out", "c") == 1
+@pytest.mark.parametrize(
+    "flags, said", [("--vary lr=1e37,1e36 --opt sgd", ""), ("--vary lr=0.1,0.01 --limit 9999", "more than the")]
+)
+def test_where_all_fail_the_table_says_so(flags, said, tiny, capsys):
+    assert compared(*BASE, *flags.split(), "--out", "c") == 1
     captured = capsys.readouterr()
-    assert "no compare.png: no variant has a result" in captured.out and captured.err == ""
+    assert "no compare.png: no variant has a result" in captured.out
+    assert said in captured.err and len(captured.err.splitlines()) == 2 * bool(said)
     assert all(row["n"] == 0 for row in content("c")["variants"])
 
 
