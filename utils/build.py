@@ -26,7 +26,10 @@ def load_data(args):
     dataset = data.normalised(dataset, args.mean, args.std)
     train_split, val_split = data.split(dataset.train, args.val_split, args.seed)
     if args.limit:
-        train_split = data.limit(train_split, args.limit, args.seed)
+        try:
+            train_split = data.limit(train_split, args.limit, args.seed)
+        except ValueError as error:  # the set may be the one to fall back to
+            raise ValueError(f"{error} of {dataset.name}") from None
     size = dataset.train.images.shape[-1]
     if args.crop_pad >= size:
         raise ValueError(f"--crop-pad {args.crop_pad} must be less than the image's {size} pixels")
