@@ -128,7 +128,8 @@ def test_a_folder_with_other_runs_is_rejected(tiny, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, said", [("--vary lr=1e37,1e36 --opt sgd", ""), ("--vary lr=0.1,0.01 --limit 9999", "training images of shapes")]
+    "flags, said",
+    [("--vary lr=1e37,1e36 --opt sgd", ""), ("--vary lr=0.1,0.01 --limit 9999", "training images of shapes")],
 )
 def test_where_all_fail_the_table_says_so(flags, said, tiny, capsys):
     assert compared(*BASE, *flags.split(), "--out", "c") == 1
