@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 CHUNK = 1024  # images: small batches are augmented together, in chunks, which takes less time
-GPU_CHUNK = 2**25  # numbers: a GPU waits for launches, so its chunks are as large as memory easily holds
+GPU_CHUNK = 2**25  # pixel values: a GPU waits for launches, so its chunks are larger
 
 
 def seeded(*key, device="cpu") -> Generator:

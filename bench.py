@@ -152,7 +152,7 @@ def measure(flags, turns, seconds):
     }
     speeds = {name: [] for name in variants}
     for steps in variants.values():
-        for _ in range(4):  # the model, and three steps that warm up
+        for _ in range(6):  # the model, three steps that warm up, the recording of a CUDA graph, a replay
             next(steps)
     for _ in range(turns):
         for name, steps in variants.items():

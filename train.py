@@ -65,7 +65,7 @@ class Run:
     device: torch.device
     precision: str  # "fp32", "bf16" or "fp16"
     model: torch.nn.Module
-    train_model: torch.nn.Module  # the same, as it's trained: compiled, or wrapped so that processes share gradients
+    train_model: torch.nn.Module  # the same, as it's trained: compiled, and wrapped so that processes share gradients
     ema: Ema | None  # its model, whose weights are moving averages
     loss: Callable  # (logits, labels) -> mean loss
     teacher: Callable | None  # images -> logits
@@ -174,7 +174,7 @@ def prepare(args) -> Run:
         raise ValueError(f"--batch-size {args.batch_size} {rule}: batch norm can't train on one image in a process")
     if run.schedule is None:  # --minutes: time some steps of a copy, then set the number of epochs
         trial = build.trial(run)
-        take_step = graphs.recorded(train_step, trial, run_folder.print_line)
+        take_step = graphs.recorded(train_step, trial, log=lambda line: None)  # the run will say the same
         return budget.within_minutes(run, trial, training_batches, take_step, score)
     return run
 

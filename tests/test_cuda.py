@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import HERE, TINY_MLP, call, images_for, models, same
+from conftest import HERE, TINY_MLP, call, images_for, models
 
 import data
 import train
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 SMALL = {
     "mlp": "--model mlp --hidden 64 --dropout 0",
     "sgd": "--model mlp --hidden 64 --dropout 0 --opt sgd --amp off --accum 2",
+    "dropout": "--model mlp --hidden 64 --dropout 0.5",
     "adam": "--model mlp --hidden 64 --dropout 0 --opt adam --mixup 1 --clip-grad 1",
     "cnn": "--model cnn --widths 16,32,32",
     "vit": "--model vit --dim 32 --depth 2 --heads 2",
@@ -47,7 +48,11 @@ def after_steps(flags, count=50, lines=None):
     step = 0
     while step < count:
         for batch in train.training_batches(run, step, run.steps_per_epoch * (step // run.steps_per_epoch + 1)):
+            for group in run.optimizer.param_groups:  # a replay must see what a schedule changes
+                group["lr"] = group["initial_lr"] * (1 + step % 5) / 5
             take_step(run, *batch, seed=0)
+            if run.ema:
+                run.ema.update(run.model)
             step += 1
     return before, [p.detach() for p in run.model.parameters()]
 
@@ -65,7 +70,7 @@ def test_steps_of_a_graph_are_those_of_train(flags):
     _, graphed = after_steps(flags, lines=lines)
     gone, rounding, differ = distance(before, eager), distance(eager, again), distance(eager, graphed)
     print(f"went {gone:.4g}; eager again differs by {rounding / gone:.2g}, the graph by {differ / gone:.2g} of it")
-    assert not lines
+    assert len(lines) == 1 and "replays" in lines[0]
     assert differ <= 5 * rounding + 0.01 * gone
 
 
@@ -95,12 +100,13 @@ def test_a_failed_recording_leaves_all_as_it_was():
 
 def test_a_killed_run_goes_on(tiny):
     command = [sys.executable, HERE / "train.py", "--model", "mlp", "--hidden", "16", "--data", "shapes"]
-    command += ["--device", "cuda", "--epochs", "4", "--batch-size", "64", "--save-every", "20", "--out", "run"]
+    command += ["--device", "cuda", "--epochs", "20", "--batch-size", "64", "--save-every", "20", "--out", "run"]
     with subprocess.Popen(list(map(str, command)), env=os.environ | {"MPLBACKEND": "Agg"}) as process:
         deadline = time.monotonic() + 60
         while not (tiny / "run/last.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
     step = checkpoints.load("run/last.pt")["step"]
     ended = subprocess.run(
         [sys.executable, HERE / "train.py", "--resume", "run/last.pt"], capture_output=True, text=True
@@ -110,7 +116,7 @@ def test_a_killed_run_goes_on(tiny):
 
 
 @pytest.mark.parametrize("flags", SMALL.values(), ids=SMALL)
-def test_an_epoch_waits_once(flags, tiny):
+def test_more_steps_wait_no_more(flags, tiny):
     """The host waits for the device when it reads an epoch's totals, validates and saves: not in the steps."""
     few, many = [], []
     for size, found in ((64, few), (16, many)):
@@ -133,7 +139,7 @@ def test_an_epoch_waits_once(flags, tiny):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         found += [f"{w.filename.rpartition('/')[2]}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
-    assert len(many) <= len(few), sorted(set(many))
+    assert few and len(many) <= len(few), sorted(set(many))
 
 
 def test_fp16_with_sgd_learns(tiny):
@@ -155,11 +161,12 @@ def test_a_checkpoint_of_the_gpu_is_tested_on_the_cpu(tiny, capsys):
 
 @torch.no_grad()
 def test_the_models_compute_the_same_on_both():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     for name, model in models().items():
         torch.nn.init.normal_(model.head.weight, std=0.02)
         images = images_for(model)
         on_cpu = model.eval()(images)
-        torch.set_float32_matmul_precision("highest")
         on_cuda = model.cuda()(images.cuda()).cpu()
         assert torch.allclose(on_cpu, on_cuda, rtol=1e-2, atol=1e-2), name  # convolutions multiply in TF32
-        assert same(on_cpu.argmax(1), on_cuda.argmax(1)) or name.startswith("vit"), name
+    torch.set_float32_matmul_precision(before)

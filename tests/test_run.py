@@ -197,3 +197,5 @@ def test_a_result_tells_the_arithmetic_of_its_training(tiny):
     expected = 4 * 3072 * 10 * images / 1e15
     for path in ("linear/seed-0/result.json", "linear/result.json"):
         assert json.loads(Path(path).read_text())["train_pflops"] == pytest.approx(expected)
+    assert call(*flags[:-2], "--teacher", "linear/seed-0/best.pt", "--out", "pupil") == 0  # one product a weight more
+    assert json.loads(Path("pupil/result.json").read_text())["train_pflops"] == pytest.approx(1.5 * expected)

@@ -79,7 +79,7 @@ def make_parser(model, program="train.py"):
     flag("--runs", type=int, default=1, metavar="N", help="repeat with the next seeds, report mean and deviation (1)")
     flag("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is available")
     flag("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision: auto is bf16 where native")
-    compiling = "torch.compile the model: slower to start, often faster then (%(default)s)"
+    compiling = "torch.compile training's forward and backward: slower to start, often faster then (%(default)s)"
     flag("--compile", action=argparse.BooleanOptionalAction, default=False, help=compiling)
     recording = "record a step as one CUDA graph and replay it (where it can be)"
     flag("--cuda-graph", action=argparse.BooleanOptionalAction, help=recording)

@@ -88,7 +88,7 @@ def make_optimizer(args, model):
 
 
 def compiled(model):
-    """The same model for training, compiled at its first batch and for each further size of batches; see --compile."""
+    """The same model for training, compiled at its first batch, and once more for a last batch of another size."""
     try:
         return torch.compile(model, dynamic=False)
     except RuntimeError as error:  # not on this version of Python, or not on this system
@@ -96,11 +96,13 @@ def compiled(model):
 
 
 def flops_per_image(run) -> float:
-    """Floating-point operations of training on one image, forward and backward, without the optimizer's."""
+    """Floating-point operations of training on one image: forward, backward, the teacher's; not the optimizer's."""
     model = copy.deepcopy(run.model).train()
     images = run.dataset.train.images[:2].to(run.device).float()
     with FlopCounterMode(display=False) as counter:
         model(images).sum().backward()
+        if run.teacher:
+            run.teacher(images)
     return counter.get_total_flops() / len(images)
 
 

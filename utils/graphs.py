@@ -43,7 +43,7 @@ def is_used(run) -> bool:
 def check(run):
     """Raise ValueError if --cuda-graph was asked for and the run can't be recorded."""
     if run.args.cuda_graph and obstacle(run):
-        raise ValueError(f"--cuda-graph {obstacle(run)}: leave it out")
+        raise ValueError(f"--cuda-graph {obstacle(run)}: use --no-cuda-graph")
 
 
 def recorded(train_step: Callable, run, log: Callable) -> Callable:
@@ -62,13 +62,13 @@ class GraphedStep:
     """A step that is recorded after three full batches, compared with an eager one, and from then on replayed.
 
     If the recording fails, or a replay differs by more than TOLERANCE, one line says so and all steps are eager.
-    Batches of another size than `batch_size` are eager always. Mixed labels have a graph of their own.
+    Batches of another size than `batch_size` are eager always. When mixing of labels ends, the step is recorded anew.
     """
 
     def __init__(self, step: Callable, model, optimizer, *, batch_size: int, log: Callable):
         self.step, self.model, self.optimizer = step, model, optimizer
         self.batch_size, self.log = batch_size, log
-        self.graphs = {}  # by the type of the labels: graph, images, labels, totals
+        self.recording = None  # graph, images, labels, totals
         self.calls = 0
         self.failed = False
         self.stream = torch.cuda.Stream()
@@ -86,9 +86,9 @@ class GraphedStep:
                     totals = self.step(images, labels)
                 torch.cuda.current_stream().wait_stream(self.stream)
                 return totals
-            if labels.dtype not in self.graphs:
-                return self.record(images, labels)
-            return self.replay(images, labels)
+            if self.recording and self.recording[2].dtype == labels.dtype:
+                return self.replay(images, labels)
+            return self.record(images, labels)
 
     @contextlib.contextmanager
     def lrs_on_device(self):
@@ -106,7 +106,7 @@ class GraphedStep:
                 group.update(old)
 
     def replay(self, images, labels):
-        graph, static_images, static_labels, totals = self.graphs[labels.dtype]
+        graph, static_images, static_labels, totals = self.recording
         static_images.copy_(images)
         static_labels.copy_(labels)
         graph.replay()
@@ -114,6 +114,7 @@ class GraphedStep:
 
     def record(self, images, labels):
         """Take the step eagerly, then once more from the same state as the replay of a graph, and compare."""
+        self.recording = None  # of labels of another type: its memory is needed
         state = self.tensors()
         before = [x.clone() for x in state]
         generator = torch.cuda.default_generators[images.device.index]
@@ -127,7 +128,7 @@ class GraphedStep:
             graph, inputs = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
             with torch.cuda.graph(graph, stream=self.stream):
                 output = self.step(*inputs)
-            self.graphs[labels.dtype] = graph, *inputs, output
+            self.recording = graph, *inputs, output
             replayed = self.replay(images, labels)
             error = difference([*state, replayed], [*eager, totals], [*before, torch.zeros_like(totals)])
             reason = f"the replay differs from the step by {error:.2g} of it" if error > TOLERANCE else ""
@@ -135,13 +136,14 @@ class GraphedStep:
             reason = str(failure.__context__ or failure).split("\n")[0]  # not that the recording can't be ended
         if reason:
             self.log(f"a CUDA graph doesn't work here, going on without it: {reason}")
-            self.failed = True
+            self.failed, self.recording = True, None
             # A failed recording may leave its stream the current one, and the generator's state unusable.
             torch.cuda.set_stream(stream)
             generator.graphsafe_set_state(eager_generator.graphsafe_get_state())
             self.optimizer.zero_grad(set_to_none=True)  # they lie in the graph's memory
             put_back(state, eager)
             return totals
+        self.log("the steps are replays of one CUDA graph from here on")
         return replayed
 
     def tensors(self) -> list[torch.Tensor]:

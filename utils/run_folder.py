@@ -18,7 +18,7 @@ import torch
 
 import optimizers
 import plot
-from utils import arguments, build, checkpoints, devices, distributed, graphs
+from utils import arguments, build, checkpoints, devices, distributed
 
 RUN_FILES = ("best.pt", "last.pt", "metrics.csv", "result.json", "curves.png")
 DRAW_EVERY = 30  # seconds: drawing takes half of one
@@ -226,7 +226,7 @@ def write_events(writer, row: dict):
 def describe(run) -> list[str]:
     """The lines with which a run's log begins: what trains on what, where, with which options."""
     args, dataset = run.args, run.dataset
-    how = run.precision + ", compiled" * args.compile + ", steps as one CUDA graph" * graphs.is_used(run)
+    how = run.precision + ", compiled" * args.compile
     parameters = sum(p.numel() for p in run.model.parameters())
     shape = "x".join(str(n) for n in dataset.train.images.shape[1:])
     counts = f"{len(run.train.labels):,} images to train on, {len(run.val.labels):,} to validate"
