@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# What was measured on a GPU, again: the tests that need one, then the rows of results/README.md, in five minutes.
+# The tests that need a GPU, then the rows of results/README.md that were measured on one. Into runs/, which must not hold them yet.
 #
 #     results/gpu.sh IMAGES        # a folder of images, such as data/cifar10-images
 set -eu
 [ $# -eq 1 ] || { echo "usage: results/gpu.sh IMAGES" >&2; exit 2; }
-images=$1
-python3 -m pytest -q tests/test_cuda.py tests/test_graphs.py
+images=$(realpath "$1")
+cd "$(dirname "$0")/.."
+python3 -m pytest -q tests/test_cuda.py tests/test_graphs.py tests/test_optimizers.py
 python3 train.py --model mlp --device cuda --runs 3 --out runs/gpu-mlp-mnist
 python3 train.py @recipes/mlp-5-minutes.args --device cuda --runs 3 --out runs/gpu-mlp-mnist-strong
 python3 train.py @recipes/gpu-cnn-3-seconds.args --data "$images" --device cuda --runs 3 --out runs/gpu-cnn-cifar10-jpeg
 python3 train.py --model vit --opt adamw --sched cosine --data "$images" --device cuda --out runs/gpu-vit-cifar10-jpeg
 python3 train.py @recipes/gpu-cnn-21-seconds.args --data "$images" --device cuda
 python3 train.py @recipes/gpu-vit-98-seconds.args --data "$images" --device cuda --out runs/gpu-vit-cifar10-jpeg-teacher
-python3 bench.py --device cuda --out bench-cuda.json
+python3 bench.py --device cuda --out runs/bench-cuda.json
