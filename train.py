@@ -149,9 +149,7 @@ def prepare(args) -> Run:
         teacher = models.load_teacher(args.teacher, dataset, device, lambda: devices.autocast(device, precision))
     optimizer = build.make_optimizer(args, model)
     ema = Ema(model, args.ema) if args.ema else None
-    train_model = distributed.wrap_ddp(model, device)
-    if args.compile:
-        train_model = build.compiled(train_model)
+    train_model = build.compiled(model) if args.compile else model
     run = Run(
         args=args,
         dataset=dataset,
@@ -160,7 +158,7 @@ def prepare(args) -> Run:
         device=device,
         precision=precision,
         model=model,
-        train_model=train_model,
+        train_model=distributed.wrap_ddp(train_model, device),
         ema=ema,
         loss=losses.parse(args.loss, args.smoothing),
         teacher=teacher,
@@ -174,7 +172,7 @@ def prepare(args) -> Run:
         raise ValueError(f"--batch-size {args.batch_size} {rule}: batch norm can't train on one image in a process")
     if run.schedule is None:  # --minutes: time some steps of a copy, then set the number of epochs
         trial = build.trial(run)
-        take_step = graphs.recorded(train_step, trial, log=lambda line: None)  # the run will say the same
+        take_step = graphs.recorded(train_step, trial, log=lambda line: None)  # the run will say it
         return budget.within_minutes(run, trial, training_batches, take_step, score)
     return run
 

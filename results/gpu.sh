@@ -6,7 +6,7 @@ set -eu
 [ $# -eq 1 ] || { echo "usage: results/gpu.sh IMAGES" >&2; exit 2; }
 images=$(realpath "$1")
 cd "$(dirname "$0")/.."
-python3 -m pytest -q tests/test_cuda.py tests/test_graphs.py tests/test_optimizers.py
+python3 -m pytest -q tests/test_cuda.py tests/test_optimizers.py
 python3 train.py --model mlp --device cuda --runs 3 --out runs/gpu-mlp-mnist
 python3 train.py @recipes/mlp-5-minutes.args --device cuda --runs 3 --out runs/gpu-mlp-mnist-strong
 python3 train.py @recipes/gpu-cnn-3-seconds.args --data "$images" --device cuda --runs 3 --out runs/gpu-cnn-cifar10-jpeg

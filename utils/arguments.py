@@ -81,7 +81,7 @@ def make_parser(model, program="train.py"):
     flag("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision: auto is bf16 where native")
     compiling = "torch.compile training's forward and backward: slower to start, often faster then (%(default)s)"
     flag("--compile", action=argparse.BooleanOptionalAction, default=False, help=compiling)
-    recording = "record a step as one CUDA graph and replay it (where it can be)"
+    recording = "record a step as one CUDA graph and replay it (on, where that is possible)"
     flag("--cuda-graph", action=argparse.BooleanOptionalAction, help=recording)
     flag("--out", metavar="DIR", help="output folder (runs/<model>-<data>-<opt>-<sched>)")
     flag(

@@ -88,7 +88,7 @@ def while_training(args):
     except (RuntimeError, MemoryError) as error:
         if devices.is_out_of_memory(error):
             remedy = f"lower it, or raise --accum (now {args.accum}), or make the model smaller"
-            if torch.cuda.is_available() and args.cuda_graph is not False:
+            if torch.cuda.is_initialized() and args.cuda_graph is not False:
                 remedy += ", or use --no-cuda-graph"
             raise Failed(f"out of memory with --batch-size {args.batch_size}: {remedy}") from None
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):

@@ -133,7 +133,8 @@ class GraphedStep:
             error = difference([*state, replayed], [*eager, totals], [*before, torch.zeros_like(totals)])
             reason = f"the replay differs from the step by {error:.2g} of it" if error > TOLERANCE else ""
         except RuntimeError as failure:
-            reason = str(failure.__context__ or failure).split("\n")[0]  # not that the recording can't be ended
+            first = failure.__context__ or failure  # not that the recording can't be ended
+            reason = str(first).split("\n")[0] or type(first).__name__
         if reason:
             self.log(f"a CUDA graph doesn't work here, going on without it: {reason}")
             self.failed, self.recording = True, None
