@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests that need a GPU, then the rows of results/README.md that were measured on one. Into runs/, which must not hold them yet.
+# The tests that need a GPU, then the rows of results/README.md that were measured on one, then bench.py. Stops at the first failure.
+# Writes into runs/; the folders runs/gpu-* must not exist yet.
 #
 #     results/gpu.sh IMAGES        # a folder of images, such as data/cifar10-images
 set -eu
