@@ -263,6 +263,7 @@ def test_a_terminal_that_goes_away_does_not_end_training(tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["stopped"] == "finished"
 
 
+@pytest.mark.slow
 def test_closed_standard_streams(tmp_path):
     command = f"exec {sys.executable} {HERE / 'train.py'} {' '.join(TINY_MLP)} --out run >&- 2>&-"
     env = os.environ | dict(OMP_NUM_THREADS="1")

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import augment
 import bench
 import cnn_cifar10
+import data
 import mlp_mnist
 import optimizers
 import schedulers
@@ -65,7 +67,8 @@ class ReadsNothing(TorchDispatchMode):
         "--model vit --data shapes --dim 16 --depth 1 --heads 2 --drop-path 0.1 --augment strong --reprob 0.5",
     ],
 )
-def test_no_step_waits_for_the_device(device, flags, monkeypatch):
+def test_no_step_waits_for_the_device(device, flags, middling, monkeypatch):
+    monkeypatch.setattr(data, "shapes", lambda: dataclasses.replace(middling))
     for chunk in ("CHUNK", "GPU_CHUNK"):
         monkeypatch.setattr(augment, chunk, 1)  # so that each step augments images, too
     run = train.prepare(arguments.parse([*flags.split(), "--device", *device.split()])[0])

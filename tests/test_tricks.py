@@ -298,6 +298,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tiny, monkeypatch
     assert call("--resume", "run/last.pt") == 0
 
 
+@pytest.mark.slow
 def test_a_file_limit_is_met_in_a_real_process(tmp_path):
     """The system itself refuses to write more than 100 kB; the checkpoint has twice as much."""
     code = "import resource, sys, train; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
