@@ -89,7 +89,8 @@ def open_folder(run, progress, best: dict | None) -> run_folder.RunFolder:
     moved = args.out is not None and Path(args.out).resolve() != before.resolve()
     if best and best["step"] < progress.step:  # else last.pt holds the best epoch itself
         kept = distributed.on_main(lambda: checkpoints.load(before / "best.pt"))
-        if kept["metrics"] != best or kept["model_args"] != run.model.model_args:
+        # As text, in which NaN is equal to itself: nothing is validated with --val-split 0.
+        if str(kept["metrics"]) != str(best) or kept["model_args"] != run.model.model_args:
             raise ValueError(f"{before / 'best.pt'} is not the best epoch of --resume {args.resume}: put its own back")
     folder = run_folder.open_folder(args.out if moved else before, default, going_on=not moved)
     if history:  # a run that was killed after last.pt has not written these
