@@ -3,7 +3,7 @@
     from utils.graphs import GraphedStep
 
     step = GraphedStep(step, model, optimizer, batch_size=256, log=print)   # step(images, labels) -> a tensor
-    totals = step(images, labels)
+    totals = step(images, labels)  # which the next step overwrites
 
 The step may wait for nothing on the device, and use no number of the host that changes from step to step but the
 learning rates. Momenta, averages and the like may change: they lie on the device.
@@ -55,7 +55,11 @@ def recorded(train_step: Callable, run, log: Callable) -> Callable:
         return train_step(run, images, labels, len(images), seed=0)
 
     graphed = GraphedStep(whole_step, run.model, run.optimizer, batch_size=run.args.batch_size, log=log)
-    return lambda run, images, labels, batch_size, seed: graphed(images, labels)
+
+    def replayed_step(run, images, labels, batch_size, seed):  # in one process, of an optimizer that reads no seed
+        return graphed(images, labels)
+
+    return replayed_step
 
 
 class GraphedStep:
@@ -133,7 +137,7 @@ class GraphedStep:
             error = difference([*state, replayed], [*eager, totals], [*before, torch.zeros_like(totals)])
             reason = f"the replay differs from the step by {error:.2g} of it" if error > TOLERANCE else ""
         except RuntimeError as failure:
-            first = failure.__context__ or failure  # not that the recording can't be ended
+            first = failure.__context__ or failure  # the step's own error, not that of ending the recording after it
             reason = str(first).split("\n")[0] or type(first).__name__
         if reason:
             self.log(f"a CUDA graph doesn't work here, going on without it: {reason}")
