@@ -18,6 +18,7 @@ from conftest import (
     TINY_MLP,
     assert_same_run,
     call,
+    halt,
     python,
     rejected,
     replaced,
@@ -33,6 +34,46 @@ import train
 from utils import arguments, checkpoints, models
 
 SEED = int(os.environ.get("FUZZ_SEED", 0))  # another one draws other cases
+
+
+def any_run(random) -> list[str]:
+    """Flags of a small run, drawn at random; some are rejected."""
+
+    def maybe(chance, *flags):
+        return random.choice(flags).split() if random.random() < chance else []
+
+    models_flags = ("mlp --hidden 8", "mlp --hidden 8,8,8", "cnn --widths 4,4", "vit --patch-size 8 --dim 8 --depth 2")
+    return [
+        *f"--model {random.choice(models_flags)} --data shapes --device cpu".split(),
+        *f"--batch-size {random.choice((16, 20, 64))} --epochs {random.choice((1.3, 2, 3.5, 4))}".split(),
+        *f"--opt {random.choice(list(optimizers.OPTIMIZERS))} --seed {random.randrange(99)}".split(),
+        *maybe(0.6, *(f"--sched {name}" for name in schedulers.SCHEDULES)),
+        *maybe(0.4, "--val-split 0", "--val-split 0.3", "--val-split 20"),
+        *maybe(0.3, "--ema 0.5", "--ema 0.9"),
+        *maybe(0.4, "--mixup 0.5", "--cutmix 1"),
+        *maybe(0.3, "--augment strong", "--reprob 0.5"),
+        *maybe(0.3, "--save-every 1", "--save-every 3"),
+        *maybe(0.3, "--tta", "--dropout 0.3", "--accum 2", "--limit 50", "--patience 1", "--monitor val_loss"),
+    ]
+
+
+@pytest.mark.slow
+def test_any_run_halted_anywhere_goes_on_to_the_same_bits(tiny, monkeypatch, capsys):
+    drawn = random.Random(SEED)
+    resumed = 0
+    while resumed < 60:
+        flags = any_run(drawn)
+        for name in ("straight", "halted"):
+            shutil.rmtree(name, ignore_errors=True)
+        if rejected(*flags, "--out", "straight"):
+            continue
+        at = drawn.randint(1, checkpoints.load("straight/last.pt")["step"])
+        with monkeypatch.context() as patch:
+            halt(patch, at)
+            assert call(*flags, "--out", "halted") == 130, (flags, at)
+        assert call("--resume", "halted/last.pt") == 0, (flags, at, capsys.readouterr().err)
+        assert_same_run("straight", "halted")
+        resumed += 1
 
 
 def forked(argv):
