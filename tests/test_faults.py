@@ -42,7 +42,12 @@ def any_run(random) -> list[str]:
     def maybe(chance, *flags):
         return random.choice(flags).split() if random.random() < chance else []
 
-    models_flags = ("mlp --hidden 8", "mlp --hidden 8,8,8", "cnn --widths 4,4", "vit --patch-size 8 --dim 8 --depth 2")
+    models_flags = (
+        "mlp --hidden 8",
+        "mlp --hidden 8,8,8",
+        "cnn --widths 4,4",
+        "vit --patch-size 8 --dim 8 --depth 2 --heads 2",
+    )
     return [
         *f"--model {random.choice(models_flags)} --data shapes --device cpu".split(),
         *f"--batch-size {random.choice((16, 20, 64))} --epochs {random.choice((1.3, 2, 3.5, 4))}".split(),
