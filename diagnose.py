@@ -47,19 +47,8 @@ def parse_args(argv=None):
             raise ValueError(f"--find-lr can't be used with --opt {args.opt}, which finds the size of its steps itself")
         if Path(own.find_lr).suffix != ".png" or not Path(own.find_lr).parent.is_dir():
             raise ValueError(f"--find-lr {own.find_lr} must be a .png file in a folder that exists")
-    idle = {
-        "out",
-        "log_interval",
-        "save_every",
-        "tensorboard",
-        "runs",
-        "minutes",
-        "compile",
-        "cuda_graph",
-        "ema",
-        "tta",
-    }
-    arguments.reject_idle(args, idle | {"patience", "min_delta", "monitor"}, "with diagnose.py")
+    idle = {"out", "log_interval", "save_every", "tensorboard", "runs", "minutes", "compile", "cuda_graph", "ema"}
+    arguments.reject_idle(args, idle | {"tta", "patience", "min_delta", "monitor"}, "with diagnose.py")
     # The batches here are small already: batch norm needs more than a few images in a micro-batch.
     return arguments.changed(args, accum=1), own.find_lr
 
