@@ -124,18 +124,8 @@ def test_more_steps_wait_no_more(flags, tiny):
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                options = [
-                    "--data",
-                    "shapes",
-                    "--epochs",
-                    1,
-                    "--batch-size",
-                    size,
-                    "--warmup-epochs",
-                    0,
-                    "--no-cuda-graph",
-                ]
-                assert call(*flags.split(), *options, "--device", "cuda", "--out", f"run-{size}") == 0
+                options = "--data shapes --epochs 1 --warmup-epochs 0 --device cuda --no-cuda-graph".split()
+                assert call(*flags.split(), *options, "--batch-size", size, "--out", f"run-{size}") == 0
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         found += [f"{w.filename.rpartition('/')[2]}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
