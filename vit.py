@@ -125,11 +125,11 @@ def conv_stem(channels: int, dim: int, patch_size: int) -> nn.Sequential:
     """
     halvings = patch_size.bit_length() - 1
     widths = [channels, *(dim >> k for k in reversed(range(halvings)))]
-    layers = []
+    stages = []
     for before, after in itertools.pairwise(widths):
         conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
-        layers += [conv, nn.MaxPool2d(2), nn.BatchNorm2d(after), nn.GELU()]
-    return nn.Sequential(*layers)
+        stages.append(nn.Sequential(conv, nn.MaxPool2d(2), nn.BatchNorm2d(after), nn.GELU()))
+    return nn.Sequential(*stages)
 
 
 class ViT(nn.Module):
@@ -224,11 +224,15 @@ class ViT(nn.Module):
             )
 
     def layer_of(self, name: str) -> int:
-        """The layer of a parameter: 0 the embeddings, then the blocks, last norm and head."""
+        """The layer of a parameter: the embeddings (a stem's convolutions one by one), then blocks, norm and head."""
         part, _, rest = name.partition(".")
+        number = rest.partition(".")[0]  # of the convolution or block
+        below = len(self.patch_embedding) if self.model_args["stem"] == "conv" else 1
         if part == "blocks":
-            return 1 + int(rest.partition(".")[0])
-        return 1 + len(self.blocks) if part in ("norm", "head") else 0
+            return below + int(number)
+        if part in ("norm", "head"):
+            return below + len(self.blocks)
+        return int(number) if part == "patch_embedding" and number.isdecimal() else 0
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.blocks(self.embed(images)))

@@ -29,7 +29,7 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def few_images(monkeypatch, middling):
     monkeypatch.setattr(data, "shapes", lambda: dataclasses.replace(middling))
 
@@ -62,7 +62,7 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize("flags", SMALL.values(), ids=SMALL)
-def test_steps_of_a_graph_are_those_of_train(flags):
+def test_steps_of_a_graph_are_those_of_train(flags, few_images):
     """Some kernels don't repeat all their digits, so two eager runs tell what rounding does in 50 steps."""
     lines = []
     before, eager = after_steps(flags)

@@ -270,6 +270,9 @@ def test_layer_rates_are_powers_of_the_decay_by_depth_from_the_top():
         assert rate == 0.5**above, name
     assert {"cls_token", "pos_embedding", "patch_embedding.weight"} <= {n for n, rate in found.items() if rate == 0.125}
 
+    found = rates(vit.ViT(**VIT, stem="conv"), layer_decay=0.5)  # two convolutions below the blocks
+    assert found["cls_token"] == found["patch_embedding.0.0.weight"] == 0.0625
+    assert found["patch_embedding.1.2.bias"] == 0.125 and found["blocks.0.norm_1.weight"] == 0.25
     found = rates(mlp_mnist.MLP(hidden=(32, 16)), layer_decay=0.5)  # linear 1, norm 2, linear 5, norm 6
     assert all(
         rate == {"layers.1": 0.25, "layers.2": 0.25}.get(n[:8], 0.5) for n, rate in found.items() if "head" not in n
