@@ -71,7 +71,8 @@ def test_no_step_waits_for_the_device(device, flags, middling, monkeypatch):
     monkeypatch.setattr(data, "shapes", lambda: dataclasses.replace(middling))
     for chunk in ("CHUNK", "GPU_CHUNK"):
         monkeypatch.setattr(augment, chunk, 1)  # so that each step augments images, too
-    run = train.prepare(arguments.parse([*flags.split(), "--device", *device.split()])[0])
+    options = f"--batch-size 60 --device {device}".split()  # nine steps an epoch: the first batch of one waits
+    run = train.prepare(arguments.parse([*flags.split(), *options])[0])
     steps = bench.ours(run, cached=False)
     for _ in range(6):  # the model, the first steps, the recording of a graph, a replay
         next(steps)
