@@ -56,65 +56,44 @@ def batches(
     process `rank` of `world_size` gets its share: an empty one where the batch has fewer images than there are
     processes, which least=world_size prevents unless batch_size or n is smaller than that.
     """
-    edges = bounds(len(split[1]), batch_size, least)
-    steps = range(first, len(edges), every)
-    per_chunk = 1
+    all_images, all_labels = split
+    n = len(all_labels)
+    edges = bounds(n, batch_size, least)
+    to_gpu = torch.device(device).type == "cuda"  # a copy to the host that isn't waited for would be read too early
+    per_chunk = 1  # batches that are augmented together
+    order = torch.arange(n)
     if key is not None:
-        chunk = GPU_CHUNK // split[0][0].numel() if torch.device(device).type == "cuda" else CHUNK
-        per_chunk = max(1, chunk // batch_size)
-    options = {"crop_pad": crop_pad, "flip": flip, "augment": augment, "erase": erase}
-    chunks = augmented_chunks(
-        split, edges, steps, per_chunk, mean=mean, std=std, device=device, key=key, **options
-    )  # fmt: skip
-    for chunk_steps, offset, chunk_images, chunk_labels in chunks:
-        for step in chunk_steps:
-            start, stop = edges[step]
-            images = chunk_images[start - offset : stop - offset]
-            labels = chunk_labels[start - offset : stop - offset]
-            if key is not None and (mixup or cutmix):
-                images, labels = mix(images, labels, num_classes, mixup, cutmix, seeded(*key, step, "mix"))
-            own_start = len(labels) * rank // world_size
-            own_stop = len(labels) * (rank + 1) // world_size
-            yield images[own_start:own_stop], labels[own_start:own_stop]
-
-
-def augmented_chunks(
-    split, edges, steps, per_chunk, *, mean, std, device, key, crop_pad, flip, augment, erase
-):  # fmt: skip
-    """Yield (steps, offset, images, labels) of each chunk of `per_chunk` batches that has some of the steps.
-
-    `offset` is the place of its first image in the epoch. Its random numbers depend on the key and its number alone, so
-    that an epoch can be entered at any step.
-    """
-    images, labels = split
-    n = len(labels)
+        per_chunk = max(1, (GPU_CHUNK // all_images[0].numel() if to_gpu else CHUNK) // batch_size)
+        order = torch.randperm(n, generator=seeded(*key))
+        flips = alternating_flip(n, *key).to(device) if flip else None
+    order = order.to(all_images.device)  # the host where the set is too large for the device: don't wait for its copies
     mean = 255 * torch.tensor(mean, device=device)[:, None, None]
     std = 255 * torch.tensor(std, device=device)[:, None, None]
-    order = torch.arange(n) if key is None else torch.randperm(n, generator=seeded(*key))
-    order = order.to(images.device)  # the host where the set is too large for the device: don't wait for its copies
-    to_gpu = torch.device(device).type == "cuda"  # a copy to the host that isn't waited for would be read too early
-    if key is not None and flip:
-        flips = alternating_flip(n, *key).to(device)
 
-    for chunk, first in enumerate(range(0, len(edges), per_chunk)):
-        inside = range(first, min(first + per_chunk, len(edges)))
-        wanted = [step for step in inside if step in steps]
-        if not wanted:
-            continue
-        start = edges[inside[0]][0]
-        stop = edges[inside[-1]][1]
-        chosen = order[start:stop]
-        x = images.index_select(0, chosen).to(device, non_blocking=to_gpu)
-        y = labels.index_select(0, chosen).to(device, non_blocking=to_gpu)
-        if key is not None:
-            generator = seeded(*key, chunk, device=device)
-            flipped = flips[chosen.to(device, non_blocking=to_gpu)] if flip else None
-            geometry = distort if augment == "strong" else crop_and_flip
-            x = geometry(x, crop_pad, flipped, generator)
-        x = x.float().sub_(mean).mul_(1 / std)
-        if key is not None and erase:
-            x = erase_some(x, erase, generator)
-        yield wanted, start, x, y
+    chunk = None  # the number of the chunk at hand; its random numbers depend on it and the key alone
+    for step in range(first, len(edges), every):
+        if step // per_chunk != chunk:
+            chunk = step // per_chunk
+            inside = edges[chunk * per_chunk : (chunk + 1) * per_chunk]
+            offset = inside[0][0]
+            chosen = order[offset : inside[-1][1]]
+            chunk_images = all_images.index_select(0, chosen).to(device, non_blocking=to_gpu)
+            chunk_labels = all_labels.index_select(0, chosen).to(device, non_blocking=to_gpu)
+            if key is not None:
+                generator = seeded(*key, chunk, device=device)
+                flipped = None if flips is None else flips[chosen.to(device, non_blocking=to_gpu)]
+                geometry = distort if augment == "strong" else crop_and_flip
+                chunk_images = geometry(chunk_images, crop_pad, flipped, generator)
+            chunk_images = chunk_images.float().sub_(mean).mul_(1 / std)
+            if key is not None and erase:
+                chunk_images = erase_some(chunk_images, erase, generator)
+        start, stop = edges[step]
+        images = chunk_images[start - offset : stop - offset]
+        labels = chunk_labels[start - offset : stop - offset]
+        if key is not None and (mixup or cutmix):
+            images, labels = mix(images, labels, num_classes, mixup, cutmix, seeded(*key, step, "mix"))
+        own = slice(len(labels) * rank // world_size, len(labels) * (rank + 1) // world_size)
+        yield images[own], labels[own]
 
 
 def alternating_flip(n: int, seed: int, epoch: int) -> Tensor:

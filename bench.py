@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
+import diagnose
 import optimizers
 import train
 from utils import arguments, build, devices, errors, evaluation, graphs, run_folder
@@ -95,12 +96,8 @@ def ours(run, cached):
     take_step = graphs.recorded(train.train_step, run, print)
     yield run.model
 
-    def batches():
-        for epoch in itertools.count():
-            first = epoch * run.steps_per_epoch
-            yield from train.training_batches(run, first, first + run.steps_per_epoch)
-
-    for step, batch in enumerate(itertools.repeat(next(batches())) if cached else batches()):
+    batches = diagnose.training_batches(run)
+    for step, batch in enumerate(itertools.repeat(next(batches)) if cached else batches):
         take_step(run, *batch, seed=step)
         yield len(batch[1])
 

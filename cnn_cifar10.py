@@ -91,24 +91,24 @@ class CNN(nn.Module):
         if arch not in WIDTHS:
             raise ValueError(f"arch {arch} is unknown: choose from {', '.join(WIDTHS)}")
         widths = widths or WIDTHS[arch]
-        self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}  # all the keywords
         if min(widths) < 1:
             raise ValueError(f"widths {widths} must be >= 1 each, as in 64,256,256")
         smallest = (image_size - (arch == "residual")) // 2 ** len(widths)
         if smallest < 1:
             raise ValueError(f"widths {widths} halves the image {len(widths)} times: too often for {image_size} pixels")
 
-        if arch != "residual":
+        if arch == "residual":
+            body = [nn.Conv2d(channels, 8 * channels, 2), nn.GELU()]
+            for before, after in zip((8 * channels, *widths), widths, strict=False):
+                body += [ConvNormAct(before, after, pool=2), Residual(after, after)]
+            body += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        else:
             body = []
             activation = [nn.ReLU()] if arch == "relu" else []
             for before, after in zip((channels, *widths), widths, strict=False):
                 body += [nn.Conv2d(before, after, 5, padding=2), nn.MaxPool2d(2), *activation]
             body += [nn.Flatten(), nn.Linear(widths[-1] * smallest**2, 64), *activation]
-        else:
-            body = [nn.Conv2d(channels, 8 * channels, 2), nn.GELU()]
-            for before, after in zip((8 * channels, *widths), widths, strict=False):
-                body += [ConvNormAct(before, after, pool=2), Residual(after, after)]
-            body += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         self.body = nn.Sequential(*body)
         self.head = nn.Linear(widths[-1] if arch == "residual" else 64, num_classes)
         self.fixed = ("body.0.weight",) if arch == "residual" else ()  # what whiten freezes

@@ -77,9 +77,8 @@ def variants_of(own):
         variants[name.strip()] = arguments.split_flags(flags)
     if len(variants) < 2:
         raise ValueError("there is nothing to compare: give --vary FLAG=A,B, or two or more --case")
-    folders = {folder_name(name) for name in variants}
     count = len(own.case) + (math.prod(len(values) for values in grid) if grid else 0)
-    if len(variants) < count or len(folders) < count:
+    if len({folder_name(name) for name in variants}) < count:
         raise ValueError("two variants have the same name: every --case and value needs its own")
     return variants
 

@@ -449,16 +449,12 @@ def _decode_all(paths, size):
 
 def progress(iterable, **kwargs):
     """Return the iterable behind a tqdm bar, if standard error is a terminal and tqdm is installed."""
-    if _on_a_terminal():
+    if sys.stderr is not None and sys.stderr.isatty():  # it's None where it has been closed
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
 
             return tqdm(iterable, leave=False, **kwargs)
     return iterable
-
-
-def _on_a_terminal():
-    return sys.stderr is not None and sys.stderr.isatty()  # it's None where it has been closed
 
 
 # ---------------------------------------------------------------------------------------------- the embedded set
@@ -485,15 +481,15 @@ def shapes(train: int = 5000, test: int = 1000) -> Dataset:
     return Dataset("shapes", list(SHAPES), mean, std, train_split, draw_shapes(test, seed=2))
 
 
-def draw_shapes(count: int, seed: int, size: int = 32) -> Split:
-    """Draw `count` images of shapes: uint8 (count, 3, size, size), as many of each class."""
+def draw_shapes(count: int, seed: int) -> Split:
+    """Draw `count` images of shapes: uint8 (count, 3, 32, 32), as many of each class."""
     generator = torch.Generator().manual_seed(seed)
     labels = (torch.arange(count) % len(SHAPES))[torch.randperm(count, generator=generator)]
-    images = [_draw(some.tolist(), size, generator) for some in labels.split(500)]  # a few at a time, to save memory
+    images = [_draw(some.tolist(), generator) for some in labels.split(500)]  # a few at a time, to save memory
     return Split(torch.cat(images), labels)
 
 
-def _draw(labels, size, generator):
+def _draw(labels, generator):
     """Draw a shape of random place, size, angle and colour, brighter than its background, on a few blocks, under noise.
 
     Whole numbers only, so that no machine rounds differently. Drawn at twice the size and averaged.
@@ -506,6 +502,7 @@ def _draw(labels, size, generator):
         """From a random place on the axis."""
         return axis - draw(low, high, 1, 1)
 
+    size = 32
     axis = torch.arange(2 * size, dtype=torch.int32)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     background = draw(0, 155, 3, 1, 1)
@@ -543,13 +540,12 @@ def normalised(dataset: Dataset, mean: tuple | None, std: tuple | None) -> Datas
     for name, given in (("mean", mean), ("std", std)):
         if given is None:
             continue
+        shown = f"{name} {','.join(map(str, given))}"
         if len(given) not in (1, count):
-            raise ValueError(
-                f"{name} {','.join(map(str, given))} must be one value, or one for each of {count} channels"
-            )
+            raise ValueError(f"{shown} must be one value, or one for each of {count} channels")
         if not all(abs(x) < 1e6 and (name == "mean" or x > 1e-6) for x in given):
             rule = "below a million" if name == "mean" else "above 1e-6 and below a million"
-            raise ValueError(f"{name} {','.join(map(str, given))} must be {rule}")
+            raise ValueError(f"{shown} must be {rule}")
         values[name] = given * count if len(given) == 1 else given
     return replace(dataset, **values)
 
@@ -560,9 +556,4 @@ def add_args(parser) -> None:
     flag("--data-dir", default="data", metavar="DIR", help="where datasets and caches lie (%(default)s)")
     flag("--img-size", type=int, metavar="N", help="scale a folder's images to N x N (as the first, at most 64)")
     flag("--mean", type=channels, metavar="X", help="subtracted from pixels in 0..1, one or one a channel (the set's)")
-    flag(
-        "--std",
-        type=channels,
-        metavar="X",
-        help="what they are divided by then; --mean 0 --std 1 is ToTensor (the set's)",
-    )
+    flag("--std", type=channels, metavar="X", help="their divisor then; --mean 0 --std 1 is ToTensor (the set's)")

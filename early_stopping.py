@@ -18,19 +18,12 @@ Needs the standard library alone.
 import math
 
 
-def better(value: float, than: float, monitor: str, min_delta: float = 0.0) -> bool:
-    """Is `value` an improvement of `monitor` by more than min_delta? A tie isn't one, and NaN never is."""
-    gain = than - value if monitor.endswith("loss") else value - than
-    return gain > min_delta
-
-
 def best_row(history: list[dict], monitor: str, min_delta: float = 0.0) -> dict | None:
-    """The best row of the history, the earlier of equals, or None while every value is NaN."""
+    """The last row better than the best before it by more than min_delta; None while every value is NaN."""
+    sign = -1 if monitor.endswith("loss") else 1
     best = None
     for row in history:
-        if math.isnan(row[monitor]):
-            continue
-        if best is None or better(row[monitor], best[monitor], monitor, min_delta):
+        if not math.isnan(row[monitor]) and (best is None or sign * (row[monitor] - best[monitor]) > min_delta):
             best = row
     return best
 

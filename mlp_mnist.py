@@ -59,7 +59,7 @@ class MLP(nn.Module):
         batch_norm: bool = True,
     ):
         super().__init__()
-        self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}  # all the keywords
         if min(hidden, default=1) < 1:
             raise ValueError(f"hidden {hidden} must be widths >= 1, as in 256,128,64")
         if not 0 <= dropout < 1:

@@ -86,13 +86,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups, *, lr, momentum=0.95, betas=(0.9, 0.999), weight_decay=0.0):
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "use_muon": False,
-        }
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay, "use_muon": False}
         super().__init__(groups, defaults)
         if not any(group["use_muon"] for group in self.param_groups):
             raise ValueError("opt muon needs a matrix of a hidden layer, in a group with use_muon=True: try adamw")

@@ -91,17 +91,9 @@ def onecycle(t, *, length):
 
 def plateau(t, *, values, mode, gamma, patience_epochs, floor):
     """ReduceLROnPlateau(mode, factor=gamma, patience=patience_epochs, min_lr=min_lr, eps=0), shown `values` in turn."""
-    multiplier, best, waited = 1.0, None, 0
+    multiplier, best, waited = 1.0, -math.inf if mode == "max" else math.inf, 0
     for value in values:
-        if math.isnan(value):
-            improved = False
-        elif best is None:
-            improved = True
-        elif mode == "max":
-            improved = value > best * (1 + 1e-4)
-        else:
-            improved = value < best * (1 - 1e-4)
-        if improved:
+        if value > best * (1 + 1e-4) if mode == "max" else value < best * (1 - 1e-4):  # never true of NaN
             best, waited = value, 0
         else:
             waited += 1
@@ -194,12 +186,12 @@ def schedule(
     keywords = {name: value for name, value in known.items() if name in reads}
 
     def multiplier(epoch, values=()):
-        if "values" in reads:
-            keywords["values"] = values[math.ceil(warmup_epochs) :]
+        seen = {"values": values[math.ceil(warmup_epochs) :]} if "values" in reads else {}
         if epoch < warmup_epochs:
             warm = WARMUP_START + (1 - WARMUP_START) * epoch / warmup_epochs
-            return warm * function(0.0, **keywords)
-        return function(round(epoch - warmup_epochs, 9), **keywords)  # 4 - 0.1 - 3.9 isn't 0, a step would be late
+            return warm * function(0.0, **keywords, **seen)
+        t = round(epoch - warmup_epochs, 9)  # 4 - 0.1 - 3.9 isn't 0, a step would be late
+        return function(t, **keywords, **seen)
 
     return multiplier
 

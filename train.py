@@ -51,7 +51,6 @@ from utils import (
 from utils.ema import Ema
 
 FINISHED = ("finished", "early stop", "time budget")
-REMEDY = "lower --lr, or add --warmup-epochs or --clip-grad 1"
 
 
 @dataclass
@@ -124,6 +123,10 @@ class Progress:
 class Diverged(ArithmeticError):
     """A loss or a weight that isn't finite."""
 
+    def __init__(self, what: str, step: int, lr: float):
+        remedy = "lower --lr, or add --warmup-epochs or --clip-grad 1"
+        super().__init__(f"{what} by step {step:,}, learning rate {lr:.3g}: {remedy}")
+
 
 # ---------------------------------------------------------------------------------------------- what a run is made of
 
@@ -144,9 +147,7 @@ def prepare(args) -> Run:
         start = models.read_init(args.init, args.model)
         dataset.note += f"\nstart from {args.init}: {finetune.initialise(model, start, dataset.classes)}"
     finetune.freeze(model, args.freeze)
-    teacher = None
-    if args.teacher:
-        teacher = models.load_teacher(args.teacher, dataset, device, lambda: devices.autocast(device, precision))
+    teacher = models.load_teacher(args.teacher, dataset, device, precision) if args.teacher else None
     optimizer = build.make_optimizer(args, model)
     ema = Ema(model, args.ema) if args.ema else None
     train_model = build.compiled(model) if args.compile else model
@@ -228,7 +229,7 @@ def backward(run, images, labels, batch_size):
             run.scaler.scale(loss * (weight * distributed.world_size())).backward()
         classes = y.argmax(1) if y.ndim == 2 else y  # mixup's labels are distributions
         if local_size:
-            totals[0].add_(loss.detach().to(totals.dtype), alpha=len(x))
+            totals[0].add_(loss.detach(), alpha=len(x))
             totals[1].add_((logits.argmax(1) == classes).sum())
             totals[2].add_(len(x))
     if run.args.clip_grad:
@@ -323,8 +324,7 @@ def train_until(end, run, progress, folder, caught, take_step):
         loss_sum, _, seen = distributed.all_reduce(progress.totals).tolist()  # waits for the device
         progress.seconds += time.perf_counter() - start
         if not math.isfinite(loss_sum):
-            at = f"by step {progress.step:,}, learning rate {args.lr * multiplier:.3g}"
-            raise Diverged(f"the training loss is {loss_sum} {at}: {REMEDY}")
+            raise Diverged(f"the training loss is {loss_sum}", progress.step, args.lr * multiplier)
         if log:
             folder.log(f"  step {progress.step:,} of {run.total_steps:,}  train loss {loss_sum / seen:.4f}")
         if (save or stop) and progress.step < end:
@@ -344,10 +344,9 @@ def finish_epoch(run, progress, folder):
     if args.val_split:
         val_loss, val_acc = score(run, run.val)
         if not math.isfinite(val_loss):
-            at = f"at step {progress.step:,}, learning rate {lr:.3g}"
-            raise Diverged(f"the validation loss is {val_loss} {at}: {REMEDY}")
+            raise Diverged(f"the validation loss is {val_loss}", progress.step, lr)
     elif not all(weight.isfinite().all() for weight in run.eval_model.parameters()):
-        raise Diverged(f"a weight is not finite at step {progress.step:,}, learning rate {lr:.3g}: {REMEDY}")
+        raise Diverged("a weight is not finite", progress.step, lr)
     steps = progress.step - (history[-1]["step"] if history else 0)
     history.append(
         {
@@ -403,13 +402,13 @@ def finish(run, progress, folder, stopped):
     if stopped in FINISHED:
         why = f"best {args.monitor}, {best[args.monitor]:.4f}" if args.val_split else "the last, as none was held out"
         folder.log(f"{stopped}: the result is epoch {best['epoch']} ({why})")
-    if stopped in FINISHED and not args.no_test:
-        folder.check()
-        content = distributed.on_main(lambda: checkpoints.load(folder.path / "best.pt"))
-        run.model.load_state_dict(content["state_dict"])
-        without_ema = dataclasses.replace(run, ema=None)  # best.pt holds the averages already
-        test_loss, test_acc = score(without_ema, run.dataset.test)
-        folder.log(evaluation.test_line(run.dataset, test_loss, test_acc, args.tta, "read once"))
+        if not args.no_test:
+            folder.check()
+            content = distributed.on_main(lambda: checkpoints.load(folder.path / "best.pt"))
+            run.model.load_state_dict(content["state_dict"])
+            without_ema = dataclasses.replace(run, ema=None)  # best.pt holds the averages already
+            test_loss, test_acc = score(without_ema, run.dataset.test)
+            folder.log(evaluation.test_line(run.dataset, test_loss, test_acc, args.tta, "read once"))
     elif stopped == "interrupted":
         folder.log(f"interrupted: python train.py --resume {folder.path / 'last.pt'} goes on from here")
     result = run_folder.result_of(run, history, best, stopped, test_loss, test_acc)
@@ -450,6 +449,7 @@ def run_once(args, checkpoint=None):
 
 def command(argv=None):
     """What the command line asks for. Returns the exit status."""
+    distributed.init()
     with distributed.main_prints():
         args, checkpoint = arguments.parse(argv)
     if args.eval:
@@ -461,11 +461,7 @@ def command(argv=None):
 
 
 def main(argv=None):
-    def start():
-        distributed.init()
-        return command(argv)
-
-    status = errors.exit_status("train.py", start, flags=arguments.as_flags)
+    status = errors.exit_status("train.py", lambda: command(argv), flags=arguments.as_flags)
     distributed.cleanup(status)
     return status
 

@@ -40,8 +40,6 @@ RECIPE = dict(
     crop_pad=4,
     flip=True,
 )
-
-
 POOLS = ("cls", "mean")
 STEMS = ("patch", "conv")
 
@@ -171,7 +169,7 @@ class ViT(nn.Module):
         stem: str = "patch",
     ):
         super().__init__()
-        self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}  # all the keywords
         self.image_size, self.patch_size = pair(image_size), pair(patch_size)
         self.check()
         (height, width), (patch_height, patch_width) = self.image_size, self.patch_size
@@ -216,9 +214,8 @@ class ViT(nn.Module):
                 raise ValueError(f"{name} {args[name]} must be >= 0 and < 1")
         if not 0 < args["norm_eps"] < 1:
             raise ValueError(f"norm_eps {args['norm_eps']} must be above 0 and < 1")
-        patch = self.patch_size[0]
-        powers = [2**k for k in range(1, args["dim"].bit_length())]
-        if args["stem"] == "conv" and (self.patch_size != (patch, patch) or patch not in powers):
+        squares = [(2**k, 2**k) for k in range(1, args["dim"].bit_length())]
+        if args["stem"] == "conv" and self.patch_size not in squares:
             raise ValueError(
                 f"patch_size {args['patch_size']} must be 2, 4, 8 ... up to dim: stem conv halves the image"
             )

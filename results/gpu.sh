@@ -13,5 +13,6 @@ python3 train.py @recipes/mlp-5-minutes.args --device cuda --runs 3 --out runs/g
 python3 train.py @recipes/gpu-cnn-3-seconds.args --data "$images" --device cuda --runs 3 --out runs/gpu-cnn-cifar10-jpeg
 python3 train.py --model vit --opt adamw --sched cosine --data "$images" --device cuda --out runs/gpu-vit-cifar10-jpeg
 python3 train.py @recipes/gpu-cnn-21-seconds.args --data "$images" --device cuda
+python3 train.py @recipes/gpu-vit-56-seconds.args --data "$images" --device cuda --out runs/gpu-vit-stem-cifar10-jpeg
 python3 train.py @recipes/gpu-vit-98-seconds.args --data "$images" --device cuda --out runs/gpu-vit-cifar10-jpeg-teacher
 python3 bench.py --device cuda --out runs/bench-cuda.json

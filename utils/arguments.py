@@ -84,13 +84,7 @@ def make_parser(model, program="train.py"):
     recording = "record a step as one CUDA graph and replay it (on, where that is possible)"
     flag("--cuda-graph", action=argparse.BooleanOptionalAction, help=recording)
     flag("--out", metavar="DIR", help="output folder (runs/<model>-<data>-<opt>-<sched>)")
-    flag(
-        "--log-interval",
-        type=int,
-        default=0,
-        metavar="N",
-        help="log the mean since the epoch began every N steps too (0)",
-    )
+    flag("--log-interval", type=int, default=0, metavar="N", help="log the epoch's mean so far every N steps too (0)")
     flag("--save-every", type=int, default=0, metavar="N", help="write last.pt every N steps too (0: every epoch)")
     flag("--tensorboard", action="store_true", help="write TensorBoard events too")
     flag("--resume", metavar="FILE", help="go on with the run that wrote this last.pt")
@@ -315,27 +309,27 @@ def check(args):
         raise ValueError(f"--minutes {args.minutes} and --epochs {args.epochs} are two lengths: leave one out")
     if args.minutes and args.compile and not args.resume:
         raise ValueError(f"--minutes {args.minutes} can't foresee how long --compile takes: give --epochs")
-    if distributed.world_size() > 1:
-        reject_idle(args, {"runs", "minutes"}, f"in {distributed.world_size()} processes")
+    processes = distributed.world_size()
+    if processes > 1:
+        reject_idle(args, {"runs", "minutes"}, f"in {processes} processes")
     losses.parse(args.loss)
     if args.nesterov and args.momentum == 0:
         raise ValueError("--nesterov needs a --momentum above 0")
     if args.opt == "lbfgs":
         reject_idle(args, {"clip_grad"}, "with --opt lbfgs, which searches along a line by the loss")
-    if args.opt == "lbfgs" and args.amp == "fp16":
-        raise ValueError("--opt lbfgs can't scale its gradients, as --amp fp16 must: use --amp off")
-    if args.opt == "lbfgs" and distributed.world_size() > 1:
-        count = distributed.world_size()
-        raise ValueError(f"--opt lbfgs can't search along a line in {count} processes: start one")
-    if args.sched == "plateau" and args.val_split == 0:
+        if args.amp == "fp16":
+            raise ValueError("--opt lbfgs can't scale its gradients, as --amp fp16 must: use --amp off")
+        if processes > 1:
+            raise ValueError(f"--opt lbfgs can't search along a line in {processes} processes: start one")
+    if args.sched != "plateau":
+        reject_idle(args, {"sched_monitor"}, f"with --sched {args.sched}")
+    elif args.val_split == 0:
         raise ValueError("--sched plateau needs a validation set: --val-split must be above 0")
-    if args.sched == "plateau" and 0 < args.patience <= args.patience_epochs:
+    elif 0 < args.patience <= args.patience_epochs:
         raise ValueError(
             f"--patience {args.patience} must be larger than --patience-epochs {args.patience_epochs}: "
             "else the run stops before the learning rate can drop"
         )
-    if args.sched != "plateau":
-        reject_idle(args, {"sched_monitor"}, f"with --sched {args.sched}")
     if not args.minutes or args.resume:
         check_lengths(args)
 
@@ -353,9 +347,8 @@ def check_lengths(args):
     }
     for name, idle in beyond.items():
         if idle and name in args.given and not args.resume:
-            text = (
-                ",".join(f"{x:g}" for x in getattr(args, name)) if name == "milestones" else f"{getattr(args, name):g}"
-            )
+            value = getattr(args, name)
+            text = ",".join(f"{x:g}" for x in (value if name == "milestones" else [value]))
             after = f", {args.warmup_epochs:g} of them warm-up" if args.warmup_epochs else ""
             raise ValueError(f"{flag_name(name)} {text} can't take effect in {args.epochs:g} epochs{after}: lower it")
 

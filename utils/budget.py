@@ -24,18 +24,10 @@ SOME = 2000  # images on which validation is timed
 
 
 def within_minutes(run, trial, training_batches, train_step, score):
-    """The same run, as long as --minutes allows.
+    """The same run, with as many whole steps as fit into --minutes, validation and saving included.
 
     `trial` is a copy of the run, to be thrown away; the others are the functions of the loop in train.py.
     """
-    epochs = epochs_within(trial, training_batches, train_step, score)
-    warmup = arguments.warmup_within(run.args, run.args.given, epochs)
-    args = arguments.changed(run.args, epochs=epochs, warmup_epochs=warmup)
-    return dataclasses.replace(run, args=args, schedule=arguments.make_schedule(args))
-
-
-def epochs_within(trial, training_batches, train_step, score) -> float:
-    """How many epochs, in whole steps, fit into --minutes, validation and saving included. See within_minutes."""
     rng = devices.rng_state(trial.device)
     per_epoch = trial.steps_per_epoch
     epochs = (training_batches(trial, epoch * per_epoch, (epoch + 1) * per_epoch) for epoch in itertools.count())
@@ -60,7 +52,10 @@ def epochs_within(trial, training_batches, train_step, score) -> float:
         others.append((lambda: score(trial, some), count / len(some.labels)))
     steps = steps_within(60 * trial.args.minutes, step, per_epoch, others)
     devices.restore_rng(rng, trial.device)
-    return steps / per_epoch
+    length = steps / per_epoch
+    warmup = arguments.warmup_within(run.args, run.args.given, length)
+    args = arguments.changed(run.args, epochs=length, warmup_epochs=warmup)
+    return dataclasses.replace(run, args=args, schedule=arguments.make_schedule(args))
 
 
 def steps_within(seconds: float, step: Callable, per_epoch: int, others: list[tuple[Callable, float]]) -> int:

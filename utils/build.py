@@ -69,8 +69,8 @@ def make_model(args, dataset, train_split):
 
 
 def on_device(split, device):
-    """A split in the device's memory, where batches are augmented, or as it is if it's too large for that."""
-    if not devices.fits(split.images, device):
+    """A split in the device's memory, where batches are augmented; as it is if that takes over half of a GPU's free."""
+    if device.type == "cuda" and split.images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return split
     return data.Split(split.images.to(device), split.labels.to(device))
 

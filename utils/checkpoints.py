@@ -50,16 +50,7 @@ RESUME_KEYS = KEYS | {
 }
 COLUMNS = "epoch step lr train_loss train_acc val_loss val_acc seconds images_per_second".split()  # of a history's row
 PLAIN = {"model_args", "classes", "mean", "std", "metrics", "args", "history", "scaler"}  # hold no tensors
-DTYPES = {
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.uint8,
-    torch.bool,
-}
+DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool
 SCALARS = ("step", "mu_product")  # in an optimizer's state of a parameter; all else in it has the parameter's shape
 MOST_VALUES, DEEPEST = 1_000_000, 8  # a history has nine values an epoch
 
@@ -257,19 +248,23 @@ def optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
     for i, (parameter, use_muon) in enumerate(parameters):
         old = saved["state"].get(i, {})
         kinds.setdefault(use_muon, set()).add(frozenset((name, type(value)) for name, value in old.items()))
-        states[i] = {}
         for name, value in old.items():
             wanted = () if name in SCALARS else parameter.shape
             if isinstance(value, torch.Tensor) and value.shape != wanted:
                 raise ValueError(f"the optimizer's {name} is {tuple(value.shape)}, expected {tuple(wanted)}")
             if isinstance(value, torch.Tensor) and name not in SCALARS:
                 value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
-            states[i][name] = value
-        if not old:
-            del states[i]
+            states.setdefault(i, {})[name] = value
     if any(len(kind) > 1 for kind in kinds.values()):
         raise ValueError("the optimizer's state is not of the same kind for all parameters")
     return {"state": states, "param_groups": current["param_groups"]}
+
+
+LBFGS_KINDS = {
+    **dict.fromkeys(("d", "prev_flat_grad", "old_dirs", "old_stps"), "vector"),
+    **dict.fromkeys(("t", "ro", "H_diag", "prev_loss"), "number"),
+    "al": "any",
+}
 
 
 def _check_lbfgs(optimizer, saved):
@@ -291,19 +286,6 @@ def _check_lbfgs(optimizer, saved):
     lengths = {len(state.get(name) or []) for name in ("old_dirs", "old_stps", "ro")}
     if len(lengths) > 1 or not all(isinstance(state.get(name, 0), int) for name in ("func_evals", "n_iter")):
         raise ValueError("the optimizer's state contradicts itself")
-
-
-LBFGS_KINDS = {
-    "d": "vector",
-    "prev_flat_grad": "vector",
-    "old_dirs": "vector",
-    "old_stps": "vector",
-    "t": "number",
-    "ro": "number",
-    "H_diag": "number",
-    "prev_loss": "number",
-    "al": "any",
-}
 
 
 @contextlib.contextmanager

@@ -58,11 +58,6 @@ def totals(device: torch.device) -> torch.Tensor:
     return torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
-def fits(tensor: torch.Tensor, device: torch.device) -> bool:
-    """Does a tensor take at most half of a GPU's free memory? Elsewhere it lies in the same memory anyway."""
-    return device.type != "cuda" or tensor.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
-
-
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -103,20 +103,20 @@ def local_rank() -> int:
 
 def local_device(device: torch.device) -> torch.device:
     """The CUDA device of this process. Raises ValueError if there are too few, or if all would share one."""
-    if device.type == "cuda" and world_size() == 1 and device.index is not None:
-        torch.cuda.set_device(device)  # what waits for "the" GPU waits for the current one
-    if device.type != "cuda" or world_size() == 1:
+    if device.type != "cuda":
         return device
-    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    available = torch.cuda.device_count()
-    if device.index is not None and wanted > 1:
-        raise ValueError(f"device {device} would be shared by {wanted} processes: use --device cuda")
-    if wanted > available:
-        text = f"--nproc_per_node {wanted} must be at most {available}, the number of GPUs here"
-        raise ValueError(f"{text}; --device cpu has no such limit")
-    if device.index is None:
-        device = torch.device("cuda", local_rank())
-    torch.cuda.set_device(device)  # NCCL works on the current one
+    if world_size() > 1:
+        wanted = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+        available = torch.cuda.device_count()
+        if device.index is not None and wanted > 1:
+            raise ValueError(f"device {device} would be shared by {wanted} processes: use --device cuda")
+        if wanted > available:
+            text = f"--nproc_per_node {wanted} must be at most {available}, the number of GPUs here"
+            raise ValueError(f"{text}; --device cpu has no such limit")
+        if device.index is None:
+            device = torch.device("cuda", local_rank())
+    if device.index is not None:
+        torch.cuda.set_device(device)  # NCCL works on the current one, and what waits for "the" GPU waits for it
     return device
 
 

@@ -23,11 +23,7 @@ class Failed(Exception):
 
 
 class Interrupted(BaseException):
-    """A signal that asks the process to end, before there is anything to save."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
+    """A signal, by its number, that asks the process to end before there is anything to save."""
 
 
 def one_line(text) -> str:
@@ -54,13 +50,17 @@ def exit_status(program, function, *, flags=str):
 
     `flags` turns a message that begins with an argument's name into one that begins with the flag.
     """
+
+    def interrupt(number):
+        raise Interrupted(number)
+
     try:
-        with raised_signals():
+        with handled(interrupt):
             return function() or 0
     except SystemExit as stop:  # argparse has printed why
         return stop.code
     except Interrupted as stop:
-        return 128 + stop.number
+        return 128 + stop.args[0]
     except BrokenPipeError:  # ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -120,17 +120,6 @@ def handled(handler):
     finally:
         for number, rule in old.items():
             signal.signal(number, rule)
-
-
-@contextlib.contextmanager
-def raised_signals():
-    """Within this context a signal raises Interrupted."""
-
-    def interrupt(number):
-        raise Interrupted(number)
-
-    with handled(interrupt):
-        yield
 
 
 @contextlib.contextmanager

@@ -25,9 +25,7 @@ def initialise(model: torch.nn.Module, start: dict, classes: list) -> str:
     state = start["state_dict"]
     if start["classes"] and list(start["classes"]) != list(classes):
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    if not hasattr(model, "resize_positions"):
-        return load_matching(model, state)
-    resized = model.resize_positions(state)
+    resized = model.resize_positions(state) if hasattr(model, "resize_positions") else state
     said = load_matching(model, resized)
     if resized is not state:
         old, new = tuple(state["pos_embedding"].shape), tuple(resized["pos_embedding"].shape)

@@ -9,7 +9,7 @@ import cnn_cifar10
 import data
 import mlp_mnist
 import vit
-from utils import checkpoints, distributed
+from utils import checkpoints, devices, distributed
 
 # A model is a keyword-only nn.Module in a file with RECIPE, add_args(parser) and build(args, *, image_size, channels,
 # num_classes). To add one, name its file and its class here. Its class needs
@@ -81,7 +81,7 @@ def few(names) -> str:
     return ", ".join(names[:10]) + more
 
 
-def load_teacher(path, dataset, device, autocast):
+def load_teacher(path, dataset, device, precision):
     """A function from normalised images to a trained model's logits, for distillation.
 
     The model sees the images normalised as it knows them. Raises ValueError if it knows others.
@@ -95,7 +95,7 @@ def load_teacher(path, dataset, device, autocast):
     shift = (mean - its_mean) / its_std
 
     def teacher(images):
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), devices.autocast(device, precision):
             logits = model(images * scale + shift)
         return logits.float()
 

@@ -46,9 +46,7 @@ def verdict(history, best, chance):
     since = min(at, max(0, len(history) - 5))
     early = min(at, max(0, len(history) - 8))
     train_trend, val_trend = trend(trains, since), trend(vals, since)
-    jumps = False
-    for losses in (trains[early:], vals[early:]):
-        jumps |= swing(losses) > max(0.1 * median(losses), 0.02 * chance)
+    jumps = any(swing(losses) > max(0.1 * median(losses), 0.02 * chance) for losses in (trains[early:], vals[early:]))
     guesses = min(vals) > 0.98 * chance and min(trains) > 0.9 * min(chance, trains[0])
     if 2 * best["lr"] < min(last["lr"], max(lrs[: at + 1])):
         return "risen"

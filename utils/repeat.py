@@ -40,16 +40,16 @@ def run_seed(args, run_once):
     checkpoint = None
     if (folder / "last.pt").exists():
         checkpoint = checkpoints.load(folder / "last.pt", keys=checkpoints.RESUME_KEYS)
-        before = {name: checkpoint["args"].get(name) for name in arguments.plain(args)}
-        resumable = arguments.MAY_CHANGE - {"epochs"}
+        saved = checkpoint["args"]
+        resumable = arguments.MAY_CHANGE - {"epochs"} | {"data"}
         if args.minutes:  # they were measured
             resumable |= {"epochs", "warmup_epochs"}
-        odd = [k for k, v in arguments.plain(args).items() if k not in resumable and k != "data" and before[k] != v]
+        odd = [k for k, v in arguments.plain(args).items() if k not in resumable and saved.get(k) != v]
         if odd:
             raise ValueError(
                 f"--out {folder.parent} holds runs with another {arguments.flag_name(odd[0])}: name another"
             )
-        args = arguments.changed(args, resume=str(folder / "last.pt"), out=None, data=checkpoint["args"]["data"])
+        args = arguments.changed(args, resume=str(folder / "last.pt"), out=None, data=saved["data"])
         if (folder / "result.json").exists():
             result = json.loads((folder / "result.json").read_text())
             if result["stopped"] != "interrupted":

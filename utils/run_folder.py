@@ -166,18 +166,16 @@ def _claim(out, default, going_on):
             path.mkdir(parents=True, exist_ok=True)
             if os.name == "posix":
                 held = os.open(path, os.O_RDONLY)  # stays with the folder wherever it's moved
-            if held is not None and not lock(held):
-                os.close(held)
-                if out:
-                    raise ValueError(f"--out {path} is being written by a run that is alive: name another folder")
-                continue
-            if going_on or not holds_run(path):
+            free = held is None or lock(held)
+            if free and (going_on or not holds_run(path)):
                 if (path / "log.txt").exists() and not (path / "log.txt").is_file():
                     raise ValueError(f"--out {path} has a log.txt that is no file: name another folder")
                 log = open(path / "log.txt", "a", buffering=1, encoding="utf-8", errors="backslashreplace")
                 return RunFolder(path, log, held, made)
             if held is not None:
                 os.close(held)
+            if out and not free:
+                raise ValueError(f"--out {path} is being written by a run that is alive: name another folder")
         except (OSError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or error
             raise ValueError(f"--out {path} can't be written ({why}): name another folder") from None
@@ -198,11 +196,9 @@ def holds_run(path: Path) -> bool:
 
 
 def lock(folder: int) -> bool:
-    """Lock an open folder for this process; False if another one has it. Always True on Windows."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
+    """Lock an open folder for this process; False if another one has it."""
+    import fcntl  # which Windows lacks, where no folder is opened
+
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
