@@ -198,8 +198,9 @@ def until(accuracy, data_flags):
             model.train()
             epoch += 1
         steps.close()
-        results[name] = {"epochs": epoch, "seconds": seconds, "val_acc": acc}
-        print(f"{name:22}  val acc {acc:.4f} after {epoch} epochs, {seconds:.1f} s of training", flush=True)
+        results[name] = {"data": run.dataset.name, "epochs": epoch, "seconds": seconds, "val_acc": acc}
+        after = f"val acc {acc:.4f} after {epoch} epochs, {seconds:.1f} s of training"
+        print(f"{name:22}  {run.dataset.name}: {after}", flush=True)
     return results
 
 
@@ -243,7 +244,7 @@ def command(argv):
         "device": devices.device_name(device),
         "torch": torch.__version__,
         "commit": run_folder.commit(),
-        "command": run_folder.command(),
+        "command": arguments.command(),
     }
     if args.until:
         result["until"] = until(args.until, own)

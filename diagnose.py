@@ -40,17 +40,15 @@ def parse_args(argv=None):
     parser.add_argument("--find-lr", nargs="?", const="find-lr.png", metavar="FILE", help=text)
     own, rest = parser.parse_known_args(argv)
     args, _ = arguments.parse(rest, "diagnose.py")
-    for name in args.given & {"resume", "eval"}:
-        raise ValueError(f"{arguments.flag_name(name)} has no effect with diagnose.py: leave it out")
+    arguments.reject_idle(args, {"resume", "eval"}, "with diagnose.py")
     if own.find_lr:
         if args.opt in ("rprop", "lbfgs"):
             raise ValueError(f"--find-lr can't be used with --opt {args.opt}, which finds the size of its steps itself")
         if Path(own.find_lr).suffix != ".png" or not Path(own.find_lr).parent.is_dir():
             raise ValueError(f"--find-lr {own.find_lr} must be a .png file in a folder that exists")
-    idle = {"out", "log_interval", "save_every", "tensorboard", "runs", "minutes", "compile", "cuda_graph", "ema"}
-    arguments.reject_idle(args, idle | {"tta", "patience", "min_delta", "monitor"}, "with diagnose.py")
-    # The batches here are small already: batch norm needs more than a few images in a micro-batch.
-    return arguments.changed(args, accum=1), own.find_lr
+    # Flags that don't shape a step, such as --tta, are no mistake: they are those of the run to come. But the batches
+    # here are small already, and batch norm needs more than a few images in a micro-batch.
+    return arguments.changed(args, accum=1, minutes=None), own.find_lr
 
 
 @dataclasses.dataclass
@@ -166,7 +164,8 @@ def loss_at_initialisation(checked):
     loss, _ = evaluation.evaluate(run.model, some, run.dataset, run.device, run.precision)
     guess = math.log(len(run.dataset.classes))
     found = f"{loss:.4f} before training, ln({len(run.dataset.classes)}) is {guess:.4f}"
-    return 0.8 * guess < loss < 1.2 * guess, found, "start the last layer smaller, such as at zero"
+    lowest = 0.0 if run.args.init else 0.8 * guess  # weights from elsewhere may know these classes
+    return lowest < loss < 1.2 * guess, found, "start the last layer smaller, such as at zero"
 
 
 def overfit_a_batch(checked):

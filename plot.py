@@ -115,7 +115,8 @@ def mean_and_spread(rows, key):
     count = max(map(len, values.values()))
     values = {epoch: at for epoch, at in sorted(values.items()) if len(at) == count}
     means = [statistics.fmean(at) for at in values.values()]
-    return list(values), means, [statistics.stdev(at) if count > 1 else 0.0 for at in values.values()]
+    spreads = [statistics.stdev(at) if count > 1 and all(map(math.isfinite, at)) else 0.0 for at in values.values()]
+    return list(values), means, spreads
 
 
 def line_widths(curves):

@@ -80,6 +80,8 @@ def check(args):
         raise ValueError(f"--attention {args.attention} needs one image, {len(args.images)} are given")
     if mode == "attention" and not args.attention.endswith(".png"):
         raise ValueError(f"--attention {args.attention} must end in .png")
+    if mode == "attention" and Path(args.attention).exists() and os.path.samefile(args.attention, args.images[0]):
+        raise ValueError(f"--attention {args.attention} is the image itself: name another file")
     if mode == "images" and not args.images:
         raise ValueError("nothing to do: name image files or folders, --report DATA or --export FILE")
     return mode
@@ -97,11 +99,7 @@ def find(paths):
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = [
-                inside
-                for inside in sorted(path.rglob("*"))
-                if inside.suffix.lower() in data.IMAGE_SUFFIXES and not inside.name.startswith(".") and inside.is_file()
-            ]
+            found = [Path(inside) for inside in data.images_below(path)]
             if not found:
                 raise ValueError(f"{path} holds no images: expected *.jpg, *.png, ... at any depth")
             files += found
@@ -134,8 +132,9 @@ def is_dark_on_light(image, checkpoint):
 def logits_of(model, images, checkpoint, device):
     """float32 (n, classes) on the CPU for uint8 images, in the precision of the run, if this device has it."""
     precision = devices.choose_precision(checkpoint["args"].get("amp", "auto"), device)
+    size = evaluation.batch_size(images.shape[1:])
     images = images, torch.zeros(len(images), dtype=torch.int64)
-    batches = augment.batches(images, evaluation.BATCH, checkpoint["mean"], checkpoint["std"], device)
+    batches = augment.batches(images, size, checkpoint["mean"], checkpoint["std"], device)
     logits = []
     with torch.inference_mode(), devices.autocast(device, precision):
         for x, _ in batches:
@@ -157,7 +156,8 @@ def predict(args, checkpoint, model, device):
         except ValueError as error:
             return error, None, None
 
-    size = evaluation.BATCH  # the batches of --eval, so that bf16 rounds the same
+    shape = checkpoint["channels"], checkpoint["image_size"], checkpoint["image_size"]
+    size = evaluation.batch_size(shape)  # the batches of --eval, so that bf16 rounds the same
     chunks = [files[start : start + size] for start in range(0, len(files), size)]
     if not sys.stdout.isatty():  # there the lines themselves show how far it is
         chunks = data.progress(chunks, desc="predicting", unit=f" x {size} images")
@@ -192,10 +192,22 @@ def print_predictions(paths, probabilities, classes, top, as_json):
             print(json.dumps({"file": str(path), **named[0], "top": named}))
         else:
             named = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in best)
-            print(errors.one_line(f"{path}: {named}"))
+            errors.show(errors.one_line(f"{path}: {named}"))
 
 
 # ---------------------------------------------------------------------------------------------- report
+
+
+def held_out(checkpoint, dataset):
+    """The images of a dataset that the run held out, or would have; None if that can't be told."""
+    run = checkpoint["args"]
+    same_set = Path(run.get("data") or "").name == dataset.name
+    if same_set and "images" in checkpoint and checkpoint["images"] != checkpoints.fingerprint(*dataset.train):
+        return None  # they have changed since: another split would hold out what was trained on
+    try:
+        return data.split(dataset.train, run["val_split"], run["seed"])[1] if run.get("val_split") else None
+    except ValueError:  # too few
+        return None
 
 
 def print_report(args, checkpoint, model, device):
@@ -205,7 +217,7 @@ def print_report(args, checkpoint, model, device):
     """
     dataset = models.dataset_for(checkpoint, args.report, args.data_dir or "data", args.checkpoint)
     images, labels = dataset.test
-    classes, run = dataset.classes, checkpoint["args"]
+    classes = dataset.classes
     logits = logits_of(model, images, checkpoint, device)
     matrix = report.confusion(labels, logits.argmax(1), len(classes))
     precision, recall = report.precision_and_recall(matrix)
@@ -222,8 +234,8 @@ def print_report(args, checkpoint, model, device):
         "calibration_error": error,
     }
     text = f"expected calibration error {error:.4f}"
-    if run.get("val_split"):
-        _, val = data.split(dataset.train, run["val_split"], run["seed"])
+    val = held_out(checkpoint, dataset)
+    if val:
         temperature = report.fit_temperature(logits_of(model, val.images, checkpoint, device), val.labels)
         name = f"temperature {temperature:.2f}"
         calibrations[name] = report.calibration(logits / temperature, labels)
@@ -235,7 +247,7 @@ def print_report(args, checkpoint, model, device):
         print(json.dumps(results))
     else:
         print(f"{evaluation.test_line(dataset, results['test_loss'], results['test_acc'], False)}\n")
-        print(f"{report.as_text(matrix, classes)}\n\n{text}", flush=True)
+        errors.show(f"{report.as_text(matrix, [errors.one_line(name) for name in classes])}\n\n{text}")
     out = Path(args.out or Path(args.checkpoint).parent / f"report-{dataset.name}")
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -278,14 +290,16 @@ def export(args, checkpoint, model, device):
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"--export {path} must end in .pt2 (torch.export) or .onnx")
     model = model.cpu().requires_grad_(False)
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")  # so that a file of this name stays if this fails
     try:
-        worst = compare(model, write_program(model, path, shape), shape)
+        worst = compare(model, write_program(model, temporary, shape), shape)
+        if not worst < 1e-4:
+            raise errors.Failed(f"the exported program differs from the model by {worst:.2g}: not kept")
+        os.replace(temporary, path)
     except (RuntimeError, OSError) as error:
-        path.unlink(missing_ok=True)
         raise ValueError(f"--export {path} can't be written or read again ({str(error)[:200]})") from None
-    if not worst < 1e-4:
-        path.unlink()
-        raise errors.Failed(f"the exported program differs from the model by {worst:.2g}: not kept")
+    finally:
+        temporary.unlink(missing_ok=True)
     print(f"wrote {path}: images, float32 (batch, {', '.join(map(str, shape))}), each pixel / 255 less")
     print(f"mean {tuple(checkpoint['mean'])} over std {tuple(checkpoint['std'])},")
     print(f"-> logits (batch, {len(checkpoint['classes'])}); it differs from the model by {worst:.1g} on random images")
@@ -327,7 +341,7 @@ def command(argv):
     device = devices.choose_device(args.device)
     checkpoint = checkpoints.load(args.checkpoint)
     with checkpoints.blamed(args.checkpoint):
-        model = models.rebuild(checkpoint).to(device).eval()
+        model = models.rebuild(checkpoint, args.checkpoint).to(device).eval()
         try:
             return ACTIONS[mode](args, checkpoint, model, device)
         except ImportError as error:

@@ -45,7 +45,7 @@ def none(t):
 
 def step(t, *, gamma, step_size):
     """StepLR(step_size, gamma)."""
-    return gamma ** (t // step_size)
+    return gamma ** math.floor(round(t / step_size, 9))  # 0.6 // 0.2 is 2, a step late
 
 
 def multistep(t, *, gamma, milestones):
@@ -66,9 +66,9 @@ def cosine(t, *, t_max, floor):
 def restarts(t, *, t_0, t_mult, floor):
     """CosineAnnealingWarmRestarts(T_0=t_0, T_mult=t_mult, eta_min=min_lr), SGDR, arXiv:1608.03983."""
     if t_mult == 1:
-        t %= t_0
-    while t >= t_0:
-        t, t_0 = t - t_0, t_0 * t_mult
+        t = max(0.0, t - t_0 * math.floor(round(t / t_0, 9)))  # 0.6 % 0.2 is 0.2, a step late
+    while round(t / t_0, 9) >= 1:
+        t, t_0 = max(0.0, t - t_0), t_0 * t_mult
     return cosine(t, t_max=t_0, floor=floor)
 
 

@@ -144,8 +144,9 @@ def prepare(args) -> Run:
         torch.manual_seed(args.seed + distributed.rank())  # dropout of its own
 
     if args.init and not args.resume:
-        start = models.read_init(args.init, args.model)
-        dataset.note += f"\nstart from {args.init}: {finetune.initialise(model, start, dataset.classes)}"
+        with checkpoints.blamed(args.init):
+            start = models.read_init(args.init, args.model)
+            dataset.note += f"\nstart from {args.init}: {finetune.initialise(model, start, dataset.classes)}"
     finetune.freeze(model, args.freeze)
     teacher = models.load_teacher(args.teacher, dataset, device, precision) if args.teacher else None
     optimizer = build.make_optimizer(args, model)
@@ -442,7 +443,7 @@ def run_once(args, checkpoint=None):
             folder.log(str(error))
             stopped = "non-finite loss"
         result = finish(run, progress, folder, stopped)
-    if stopped == "interrupted":
+    if distributed.all_max(len(caught)):  # in the last test, too: what follows this run isn't wanted
         return result, 128 + distributed.all_max(caught[0] if caught else 0)
     return result, errors.STATUS_OF.get(stopped, 0)
 

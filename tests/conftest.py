@@ -83,6 +83,10 @@ TINY = "--data shapes --epochs 1 --batch-size 64 --device cpu".split()
 TINY_MLP = ["--model", "mlp", "--hidden", "16", *TINY]
 
 
+class Killed(BaseException):
+    """As by SIGKILL: nothing is saved after it."""
+
+
 def call(*argv):
     """train.main in this process."""
     return train.main([str(a) for a in argv])

@@ -143,3 +143,37 @@ def test_a_file_in_place_of_the_folder_is_one_line(tiny, capsys):
     Path("file").write_text("not a folder")
     assert compared(*BASE, "--vary", "lr=0.1,0.01", "--out", "file") == 2
     assert capsys.readouterr().err == "compare.py: error: --out file is no folder: name another one\n"
+
+
+def test_switches_are_varied_on_and_off(tiny, monkeypatch):
+    drawn(monkeypatch)
+    assert compared(*BASE, "--vary", "tta=on,off", "--vary", "amp=off,bf16", "--out", "c") == 0
+    flags = [row["flags"] for row in content("c")["variants"]]
+    assert sorted(flags) == sorted([[t, "--amp", a] for t in ("--tta", "--no-tta") for a in ("off", "bf16")])
+    assert compare.flags_of("decay-all", "off", {"--decay-all"}) == ["--no-decay-all"]
+
+
+@pytest.mark.parametrize("case", ["--seed 3", "--runs 2", "--out elsewhere", "--eval a.pt", "--no-test"])
+def test_what_compare_sets_itself_is_no_variant(case, tiny, capsys):
+    assert compared(*BASE, "--case", f"a: {case}", "--case", "b: --lr 0.1", "--out", "c") == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and f"{case.split()[0]} has no effect in variant a" in said
+
+
+def test_a_comparison_may_be_moved_and_says_on_what_it_trained(tiny, monkeypatch):
+    drawn(monkeypatch)
+    flags = [*BASE, "--vary", "lr=0.01,0.001", "--out"]
+    assert compared(*flags, "a") == 0
+    first = content("a")["variants"]
+    Path("a").rename("b")
+    assert compared(*flags, "b") == 0
+    assert content("b")["variants"] == first and "Trained on shapes; cpu" in Path("b/compare.md").read_text()
+
+
+def test_variants_that_diverged_at_once_are_not_run_again(tiny, monkeypatch, capsys):
+    drawn(monkeypatch)
+    flags = [*BASE, "--opt", "sgd", "--vary", "lr=1e37,0.01", "--out", "c"]
+    for _ in range(2):
+        assert compared(*flags) == 1
+        captured = capsys.readouterr()
+        assert "lr 1e37, seed 0: failed (non-finite loss)" in captured.out and captured.err == ""

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -282,3 +283,70 @@ def test_bad_folders_are_rejected(spoil, words, tiny, capsys):
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1 and all(word in said for word in words), said
     assert not Path("runs").exists()
+
+
+def test_an_archive_put_by_hand_is_taken(no_network, tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    folder, listed = tmp_path / CIFAR10.base_folder, {"train_list": [], "test_list": []}
+    folder.mkdir()
+    contents = {file: (name, {"data": torch.zeros(10, 3072, dtype=torch.uint8).numpy(), "labels": list(range(10))})
+                for name in listed for file, _ in getattr(CIFAR10, name)}  # fmt: skip
+    contents[CIFAR10.meta["filename"]] = ("meta", {CIFAR10.meta["key"]: [f"class {i}" for i in range(10)]})
+    for file, (name, content) in contents.items():
+        (folder / file).write_bytes(pickle.dumps(content))
+        digest = hashlib.md5((folder / file).read_bytes()).hexdigest()
+        if name == "meta":
+            monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": digest})
+        else:
+            listed[name].append([file, digest])
+    for name, files in listed.items():
+        monkeypatch.setattr(CIFAR10, name, files)
+    packed = Path(shutil.make_archive(str(tmp_path / "packed"), "gztar", tmp_path, CIFAR10.base_folder))
+    packed.rename(tmp_path / CIFAR10.filename)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((tmp_path / CIFAR10.filename).read_bytes()).hexdigest())
+    shutil.rmtree(folder)
+    assert len(data.load("cifar10", tmp_path).train.labels) == 50
+
+
+@pytest.mark.parametrize("name", ["cifar10", "mnist"])
+def test_a_failed_download_removes_no_folder_of_the_user(name, no_network, tmp_path, monkeypatch):
+    (tmp_path / "experiment/data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "experiment")
+    for root in (Path("data").resolve(), Path("new/data").resolve()):
+        with pytest.raises(data.Unavailable):
+            data.load(name, root)
+    assert [path.name for path in (tmp_path / "experiment").iterdir()] == ["data"]
+
+
+def test_a_broken_transfer_leaves_nothing(tmp_path, monkeypatch):
+    class Broken(io.BytesIO):
+        def read(self, size):
+            raise OSError("connection reset")
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **options: Broken())
+    with pytest.raises(data.Unavailable, match="connection reset"):
+        data.load("cifar10", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_class_is_a_folder_too_many(tiny, capsys):
+    pets = write_folder(tiny / "pets")
+    for split in ("train", "test"):
+        (pets / split).rename(pets / "images")
+        (pets / split).mkdir()
+        (pets / "images").rename(pets / split / "images")
+    assert call("--model", "cnn", "--widths", "8", "--data", pets) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "holds one class, images" in said
+
+
+def test_grey_of_more_than_8_bits(tmp_path):
+    grey = torch.tensor([[0, 255], [300, 65535]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    Image.fromarray(grey.numpy().astype("uint16")).save(tmp_path / "16.png")
+    Image.fromarray(torch.tensor([[-5, 70_000]]).numpy().astype("int32")).save(tmp_path / "32.tif")
+    Image.fromarray((grey / 65535).float().numpy()).save(tmp_path / "float.tif")
+    assert data.decode(tmp_path / "16.png", 8)[0, ::4, ::4].tolist() == [[0, 0], [1, 255]]
+    assert data.decode(tmp_path / "32.tif", 1).shape == (3, 1, 1)  # cropped to its centre: neither wraps round
+    with pytest.raises(ValueError, match="floating-point"):
+        data.decode(tmp_path / "float.tif", 8)

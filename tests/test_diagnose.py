@@ -179,3 +179,19 @@ def test_diagnose_command_line(tmp_path, capsys):
     assert "--find-lr" in said and "train.py" in said
     done = python(HERE / "diagnose.py", "--opt", "adamax", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("diagnose.py: error: ")
+
+
+def test_diagnose_takes_the_flags_of_a_run(tiny, monkeypatch, middling, capsys):
+    monkeypatch.setattr(datasets, "shapes", lambda: dataclasses.replace(middling))
+    run = "--tta --ema 0.9 --patience 3 --monitor val_loss --runs 3 --log-interval 5".split()
+    assert diagnosed(*DIAGNOSE, *run) == 0
+
+
+def test_diagnose_of_weights_that_know_the_classes(tiny, monkeypatch, middling, capsys):
+    monkeypatch.setattr(datasets, "shapes", lambda: dataclasses.replace(middling))
+    assert call(*"--model mlp --hidden 64 --data shapes --epochs 30 --out run".split()) == 0
+    capsys.readouterr()
+    diagnosed("--model", "mlp", "--data", "shapes", "--init", "run/best.pt")
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if "before training" in line)
+    assert line.startswith("ok") and "ln(10)" in line, line

@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import HERE, TINY_MLP, assert_same_run, call, python
 
 import data as datasets
-from utils import checkpoints, distributed, evaluation, models
+from utils import arguments, checkpoints, distributed, evaluation, models
 
 
 def torchrun(count, *argv, cwd, restarts=0):
@@ -144,6 +145,11 @@ def test_a_run_for_minutes_is_started_anew(tiny, monkeypatch):
     assert call(*flags) == 0
     assert call(*flags, "--resume", "run/last.pt") == 2
     monkeypatch.setattr(distributed, "restarted", lambda: True)
+    assert call(*flags) == 2  # it has ended: torchrun found the folder taken, and tries again
+    Path("run/result.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(arguments, "command", lambda: "python train.py --another run")
+        assert call(*flags) == 2
     assert call(*flags) == 0
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HERE, TINY_MLP, call, python, rejected, rows, same, weights, write_folder, write_idx
+from conftest import HERE, TINY, TINY_MLP, Killed, call, python, rejected, rows, same, weights, write_folder, write_idx
 
 import data as datasets
 import diagnose
+import mlp_mnist
 import plot
 import predict
 import train
-from utils import checkpoints, distributed, errors, run_folder
+from utils import arguments, checkpoints, devices, distributed, errors
 
 
 def one_line(capsys, *words):
@@ -205,11 +206,14 @@ def test_an_empty_value_is_no_value(flag, tiny, capsys):
 
 
 def test_a_run_that_was_killed_in_its_first_epoch_starts_again_by_the_same_command(tiny, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(train, "backward", lambda *args: {}["killed"])
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "backward", killed)
         call(*TINY_MLP, "--out", "run")
     assert [path.name for path in Path("run").iterdir()] == ["log.txt"]
-    monkeypatch.setattr(run_folder, "command", lambda: "python train.py --another run")
+    monkeypatch.setattr(arguments, "command", lambda: "python train.py --another run")
     assert call(*TINY_MLP, "--out", "run") == 2
     monkeypatch.undo()
     monkeypatch.chdir(tiny)
@@ -479,3 +483,147 @@ def test_what_argparse_rejects_is_escaped_too(tiny, capsys):
 def test_two_dashes_are_no_value(tiny, capsys):
     assert rejected(*TINY_MLP, "--cutmix=--") == 2
     one_line(capsys, "--cutmix: -- is no value")
+
+
+def test_runs_go_on_with_the_same_data_and_patience_or_not_at_all(tiny, capsys):
+    flags = [*TINY_MLP, "--epochs", 2, "--runs", 2, "--out", "many"]
+    assert call(*flags) == 0
+    Path("many/result.json").unlink()  # as if it had been stopped before the end
+    write_folder(tiny / "pets", (32, 32))
+    for other in (["--patience", 1], ["--data", "pets"]):
+        assert call(*flags, *other) == 2
+        one_line(capsys, f"another {other[0]}")
+    assert call(*flags) == 0
+
+
+def test_runs_for_minutes_go_on_with_the_length_that_was_measured(tiny, monkeypatch):
+    flags = [word for word in TINY_MLP if word not in ("--epochs", "1")] + ["--minutes", 0.02, "--runs", 2]
+    with monkeypatch.context() as patch:
+        real = train.train_until
+
+        def train_until(*args):
+            if Path("many/seed-0").exists():
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(*args)
+
+        patch.setattr(train, "train_until", train_until)
+        assert call(*flags, "--out", "many") == 130
+    before = checkpoints.load("many/seed-0/last.pt", keys=checkpoints.RESUME_KEYS)
+    assert call(*flags, "--out", "many") == 0
+    after = checkpoints.load("many/seed-0/last.pt", keys=checkpoints.RESUME_KEYS)
+    assert after["args"]["epochs"] == before["args"]["epochs"] != mlp_mnist.RECIPE["epochs"]
+    assert after["args"]["warmup_epochs"] == before["args"]["warmup_epochs"] and after["step"] > before["step"]
+
+
+def test_a_run_that_diverged_at_once_is_finished_for_the_same_command(tiny, capsys):
+    flags = [*TINY_MLP, "--lr", "1e37", "--opt", "sgd", "--runs", 2, "--out", "many"]
+    assert call(*flags) == 1 and not Path("many/seed-0/last.pt").exists()
+    assert call(*flags) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_signal_in_the_last_test_stops_the_runs_that_follow(tiny, monkeypatch):
+    real = train.finish
+
+    def finish(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    flags = [*TINY_MLP, "--runs", 2, "--out", "many"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", finish)
+        assert call(*flags) == 143
+    assert not Path("many/seed-1").exists()
+    assert json.loads(Path("many/seed-0/result.json").read_text())["stopped"] == "finished"
+    assert call(*flags) == 0
+
+
+def test_a_run_is_not_shortened_to_within_an_epoch(tiny, monkeypatch, capsys):
+    flags = [*TINY_MLP, "--batch-size", 10, "--epochs", 3, "--save-every", 5]  # 13 steps an epoch
+    real, calls = train.backward, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 22:
+            raise Killed
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "backward", dies)
+        call(*flags, "--out", "run")
+    assert checkpoints.load("run/last.pt", keys=checkpoints.RESUME_KEYS)["step"] == 20
+    assert call("--resume", "run/last.pt", "--epochs", 1.5) == 2
+    one_line(capsys, "--epochs 1.5 end by its step 20, within an epoch")
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 0
+
+
+def test_seeds_without_an_accuracy_are_rejected(tiny, capsys):
+    assert call(*TINY_MLP, "--runs", 2, "--no-test", "--val-split", 0) == 2
+    one_line(capsys, "--runs 2")
+
+
+def test_attention_of_cudnn_is_off():
+    """Its gradients can be NaN with 64 tokens, which is what a ViT of CIFAR-10 has."""
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_float32_matmul_precision()
+    try:
+        devices.speed_up(torch.device("cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before[0])
+        torch.set_float32_matmul_precision(before[1])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda c: c["model_args"].update(depth=10**9),  # no end of modules, of no size
+        lambda c: c["model_args"].update(dim=10**6),
+        lambda c: c["model_args"].update(dim=16.0),
+        lambda c: c["state_dict"].pop("pos_embedding"),
+        lambda c: c["state_dict"].update(pos_embedding=torch.zeros(3)),
+        lambda c: c["args"].update(dim=10**6),
+    ],
+    ids=["depth", "dim", "float", "without positions", "odd positions", "args"],
+)
+def test_sizes_that_the_weights_do_not_have_are_one_line_wherever_they_are_used(spoil, tiny, capsys):
+    small = ["--model", "vit", "--dim", 16, "--depth", 1, "--heads", 2, "--patch-size", 8, *TINY]
+    assert call(*small, "--out", "run") == 0
+    capsys.readouterr()
+    content = checkpoints.load("run/last.pt", keys=checkpoints.RESUME_KEYS)
+    spoil(content)
+    torch.save(content, "run/last.pt")
+    uses = [["--init", "run/last.pt", *TINY, "--model", "vit"], ["--teacher", "run/last.pt", *small]]
+    for use in [*uses, ["--resume", "run/last.pt"], ["--eval", "run/last.pt"]]:
+        assert call(*use) == 2, use
+        one_line(capsys, "run/last.pt")
+    assert predict.main(["run/last.pt", "--export", "x.pt2"]) == 2
+    one_line(capsys, "run/last.pt")
+
+
+def test_a_small_file_makes_no_large_objects(tiny, capsys):
+    class Large:
+        def __reduce__(self):
+            return bytearray, (2**33,)
+
+    torch.save({"state_dict": {}, "more": Large()}, "large.pt")
+    for use in ("--eval", "--resume", "--init"):
+        assert call(*TINY_MLP, use, "large.pt") == 2 if use == "--init" else call(use, "large.pt") == 2
+        one_line(capsys, "more memory than its own size")
+
+
+@pytest.mark.parametrize("where, status", [("prepare", 2), ("backward", 1), ("finish", 1)])
+def test_what_no_rule_foresaw_is_one_line_with_its_place(where, status, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(train, where, lambda *args: {}["a mistake of one's own"])
+    assert call(*TINY_MLP, "--out", "run") == status
+    one_line(capsys, "KeyError", "a mistake of one's own", "test_hostile.py:", "python -X dev")
+
+
+def test_python_in_development_mode_shows_the_traceback(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import train; train.prepare = lambda args: 1 / 0; train.main()"
+    )
+    for options in ([], ["-X", "dev"]):
+        command = [sys.executable, *options, "-W", "ignore", "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert "ZeroDivisionError" in done.stderr
+        assert ("Traceback" in done.stderr) == bool(options)

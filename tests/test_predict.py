@@ -382,3 +382,61 @@ def test_equal_curves_do_not_hide_each_other():
     assert plot.line_widths([a, b]) == [1.6, 1.6]
     widths = plot.line_widths([a, b, a, a])
     assert widths[0] > widths[2] > widths[3] == widths[1]  # drawn in this order, the last on top
+
+
+def test_a_failed_export_leaves_the_file_that_was_there(trained, tiny, monkeypatch, capsys):
+    Path("model.pt2").write_bytes(b"yesterday's")
+
+    def fails(*args, **options):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(torch.export, "save", fails)
+    assert predict.main(["cnn.pt", "--export", "model.pt2"]) == 2
+    assert "no space left" in capsys.readouterr().err
+    assert Path("model.pt2").read_bytes() == b"yesterday's" and not list(Path().glob("*.tmp*"))
+
+
+def test_the_image_is_not_overwritten_by_its_plot(trained, tiny, capsys):
+    Image.new("RGB", (32, 32)).save("image.png")
+    before = Path("image.png").read_bytes()
+    assert predict.main(["vit-cls.pt", "image.png", "--attention", "image.png"]) == 2
+    assert "is the image itself" in capsys.readouterr().err and Path("image.png").read_bytes() == before
+
+
+def test_hidden_folders_are_left_out(trained, tiny, capsys):
+    for folder in ("photos", "photos/.thumbnails", "photos/more"):
+        Path(folder).mkdir()
+        Image.new("RGB", (32, 32)).save(f"{folder}/a.png")
+    assert predict.main(["cnn.pt", "photos"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "photos/a.png",
+        "photos/more/a.png",
+    ]
+
+
+def test_report_without_images_to_fit_a_temperature_on(trained, tiny, capsys):
+    content = checkpoints.load("cnn.pt")
+    checkpoints.save(content | {"images": checkpoints.fingerprint(*datasets.shapes().train) + 1}, "changed.pt")
+    checkpoints.save(content | {"args": content["args"] | {"val_split": 5000.0}}, "large.pt")
+    for name in ("changed.pt", "large.pt"):
+        assert predict.main([name, "--report", "shapes", "--json"]) == 0
+        assert "temperature" not in json.loads(capsys.readouterr().out)
+
+
+def test_names_of_classes_that_would_be_formulas_or_no_text(tmp_path, recwarn):
+    matrix = torch.tensor([[3, 1], [0, 2]])
+    report.draw_confusion(matrix, ["$5_$10", "\u732b"], tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").exists() and not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
+def test_seeds_without_validation_are_drawn(tmp_path):
+    for seed in (0, 1, 2):
+        fake_run(tmp_path / f"seed-{seed}", [math.nan, math.nan], seed=seed)
+    runs, best = plot.collect([tmp_path / f"seed-{seed}" for seed in (0, 1, 2)])
+    DRAW(runs, tmp_path / "a.png", best)
+    assert (tmp_path / "a.png").exists()
+
+
+def test_large_images_are_evaluated_in_smaller_batches():
+    assert evaluation.batch_size((3, 32, 32)) == evaluation.batch_size((1, 28, 28)) == 500
+    assert evaluation.batch_size((3, 64, 64)) == 125 and evaluation.batch_size((3, 2000, 2000)) == 1

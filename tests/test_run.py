@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MLP, assert_same_run, call, halt, same, scripted, weights
+from conftest import TINY_MLP, Killed, assert_same_run, call, halt, same, scripted, weights
 
 import data as datasets
 import mlp_mnist
@@ -38,7 +38,7 @@ def test_every_output_is_there_and_says_the_same(tiny, capsys):
     checkpoint = torch.load(out / "best.pt", weights_only=True)
     assert set(checkpoint) == {
         "model", "model_args", "state_dict", "classes", "image_size", "channels", "mean", "std", "epoch", "metrics",
-        "args",
+        "args", "images",
     }  # fmt: skip
     model = mlp_mnist.MLP(**checkpoint["model_args"])
     model.load_state_dict(checkpoint["state_dict"])
@@ -89,10 +89,10 @@ def test_saves_inside_an_epoch(tiny, monkeypatch):
     def dies(*args):
         calls.append(1)
         if len(calls) == 20:
-            raise KeyError("as a kill: nothing is saved after this")
+            raise Killed
         return real(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train, "backward", dies)
         call(*flags, "--out", "killed")
     assert checkpoints.load("killed/last.pt")["step"] == 15
@@ -106,10 +106,10 @@ def test_a_kill_between_last_and_best_loses_nothing(tiny, monkeypatch):
 
     def save(content, path):
         if path.name == "best.pt":
-            raise KeyError("killed here")
+            raise Killed
         real(content, path)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoints, "save", save)
         call(*TINY_MLP, "--epochs", 2, "--out", "killed")
     assert call("--resume", "killed/last.pt") == 0

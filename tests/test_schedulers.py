@@ -75,6 +75,16 @@ def test_steps_are_on_time_after_a_fractional_warmup():
             assert factor(step / 10) == 0.5**n and factor((step - 1) / 10) == 0.5 ** (n - 1), (warmup, n)
 
 
+def test_fractional_lengths_are_on_time():
+    """0.6 // 0.2 is 2, and 0.6 % 0.2 is nearly 0.2."""
+    for length in (0.1, 0.2, 0.3, 0.7):
+        steps = schedulers.schedule("step", lr=1, epochs=30, step_size=length, gamma=0.5)
+        restarts = schedulers.schedule("restarts", lr=1, epochs=30, t_0=length)
+        for n in range(1, 30):
+            t = round(10 * n * length) / 10
+            assert steps(t) == 0.5**n and restarts(t) == pytest.approx(1), (length, n)
+
+
 def test_plateau_for_a_loss():
     factor = schedulers.schedule("plateau", lr=1, epochs=9, patience_epochs=1, mode="min", gamma=0.5)
     values = [1.0, 0.9, 0.9, 0.95, 0.8, 0.8, 0.8, 0.8]

@@ -18,7 +18,7 @@ import losses
 import optimizers
 import schedulers
 from utils import checkpoints, distributed, errors
-from utils.models import MODELS, read_init
+from utils.models import MODELS, read_init, rebuild
 
 DATA_DIR = "data"
 # A resumed run may be prolonged and moved. Changing anything else would make the run irreproducible.
@@ -53,6 +53,20 @@ class Parser(argparse.ArgumentParser):
 def split_flags(text: str) -> list[str]:
     """Flags as a shell splits them. Raises ValueError for a quotation mark without its pair."""
     return shlex.split(text, comments=True)
+
+
+def command() -> str:
+    """What the user typed, as far as Python knows it."""
+    return shlex.join(["python", *sys.argv])
+
+
+def began(folder: Path) -> bool:
+    """Was the run that a folder holds begun by this very command? The first line of its log tells."""
+    log = folder / "log.txt"
+    if not log.is_file():
+        return False
+    with open(log, encoding="utf-8", errors="replace") as file:
+        return file.readline() == f"$ {command()}\n"
 
 
 def flag_name(name: str) -> str:
@@ -100,7 +114,8 @@ def make_parser(model, program="train.py"):
     flag("--limit", type=int, metavar="N", help="train on N images only")
     augment.add_args(group)
     flag("--mixup-off-epoch", type=int, default=0, metavar="N", help="stop mixing after N epochs; 0: never (0)")
-    flag("--tta", action="store_true", help="validate and test with test-time augmentation: shifted, mirrored copies")
+    views = "validate and test with test-time augmentation: shifted, mirrored copies (%(default)s)"
+    flag("--tta", action=argparse.BooleanOptionalAction, default=False, help=views)
 
     group = parser.add_argument_group("loss and stopping")
     losses.add_args(group)
@@ -134,12 +149,16 @@ def parse(argv=None, program="train.py"):
     for name in ("--model", "--resume", "--out", "--init"):
         first.add_argument(name)
     chosen = first.parse_known_args(argv)[0]
-    if distributed.restarted() and chosen.out and not chosen.resume:
-        last = Path(chosen.out) / "last.pt"  # torchrun has started the run anew after a failure
-        chosen.resume = str(last) if distributed.on_main(last.exists) else None
+    if distributed.restarted() and chosen.out and not chosen.resume:  # by torchrun, after a failure
+        out = Path(chosen.out)
+        saved, ended = out / "last.pt", out / "result.json"
+        goes_on = distributed.on_main(lambda: saved.exists() and not ended.exists() and began(out))
+        chosen.resume = str(saved) if goes_on else None
     checkpoint = None
     if chosen.resume:
         checkpoint = distributed.on_main(lambda: checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS))
+        with checkpoints.blamed(chosen.resume):
+            rebuild(checkpoint, chosen.resume)  # its sizes are those of its weights: no larger model is built
     with checkpoints.blamed(chosen.resume):
         args = _parse(argv, program, chosen, checkpoint["args"] if checkpoint else None)
     return args, checkpoint
@@ -303,6 +322,8 @@ def check(args):
         reject_idle(args, {"patience", "monitor", "min_delta"}, "with --val-split 0: nothing is monitored")
     if not Path(args.data).is_dir():
         reject_idle(args, {"img_size"}, f"with --data {args.data}: it's for folders of images")
+    if args.runs > 1 and args.no_test and args.val_split == 0:
+        raise ValueError(f"--runs {args.runs} has no accuracies to average with --no-test and --val-split 0: drop one")
     if args.resume and not distributed.restarted():
         reject_idle(args, {"minutes", "runs"}, "with --resume")
     if {"epochs", "minutes"} <= args.given:

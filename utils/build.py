@@ -58,7 +58,7 @@ def make_model(args, dataset, train_split):
     sizes = {"image_size": image_size, "channels": channels, "num_classes": len(dataset.classes)}
     try:
         model = models.MODELS[args.model].build(args, **sizes)
-    except (ArithmeticError, TypeError, RuntimeError, MemoryError) as error:  # sizes that no memory can hold
+    except (ArithmeticError, AttributeError, TypeError, RuntimeError, MemoryError) as error:  # sizes beyond memory
         raise ValueError(f"--model {args.model} can't be built in these sizes: {str(error)[:100]}") from None
     if hasattr(model, "whiten"):
         some = data.limit(train_split, min(512, len(train_split.labels)), args.seed)

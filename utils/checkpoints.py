@@ -16,6 +16,7 @@ import copy
 import io
 import math
 import os
+import pickletools
 import zipfile
 import zlib
 from pathlib import Path
@@ -104,6 +105,10 @@ def load(path, *, keys: dict = KEYS) -> dict:
                     raise ValueError("it would unpack to more than its own size")
                 if damaged := file.testzip():
                     raise ValueError(f"the checksum of {damaged} in it is wrong")
+                for entry in (name for name in file.namelist() if name.endswith(".pkl")):
+                    for opcode, word, _ in pickletools.genops(file.read(entry)):
+                        if opcode.name == "GLOBAL" and word.endswith(" bytearray"):  # torch makes one of any size
+                            raise ValueError("it would take more memory than its own size")
             # A tensor that is larger than what the file holds of it can't grow in mapped memory: torch rejects it.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except ImportError:
@@ -202,6 +207,9 @@ def _validate_description(content, damaged):
             raise damaged(f"its {name} is {str(numbers)[:80]}")
     if min(content["std"]) <= 0:
         raise damaged(f"its std is {content['std']}")
+    for name, value in content["model_args"].items():
+        if content["args"].get(name) not in (None, value):
+            raise damaged(f"its args and its model_args contradict each other in {name}")
     if not all(isinstance(value, (int, float)) for value in content["metrics"].values()):
         raise damaged("its metrics are no numbers")
 

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import os
 import sys
+import threading
 import time
 import uuid
 from datetime import timedelta
@@ -133,9 +134,20 @@ def on_local_main(function):
     """Call a function in the first process of every machine, then in the others, which find the files that it left."""
     if world_size() == 1:
         return function()
-    outcome = (None, None)
+    outcomes = [(None, None)]
+
+    def work():
+        try:
+            outcomes.append(_outcome(function))
+        except Exception as error:
+            outcomes.append((None, ValueError(f"{type(error).__name__}: {error}")))
+
+    worker = threading.Thread(target=work, daemon=True)
     if local_rank() == 0:
-        outcome = _outcome(function)
+        worker.start()
+    while all_max(int(worker.is_alive())):  # decoding may take longer than TIME_LIMIT
+        time.sleep(0.05)
+    outcome = outcomes[-1]
     for error in all_gather(outcome[1]):
         _unpack((None, error))
     return _unpack(outcome) if local_rank() == 0 else function()

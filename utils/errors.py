@@ -2,13 +2,16 @@
 
     sys.exit(exit_status("train.py", main))
 
-0 done; 1 the work failed after it had begun; 2 wrong arguments or unusable input; 128 + n ended by signal n.
+0 done; 1 the work failed after it had begun; 2 wrong arguments or unusable input; 128 + n ended by signal n. What no
+rule foresaw is one line, too, with the place in the code; python -X dev shows the traceback.
 """
 
 import contextlib
 import os
 import signal
 import sys
+import traceback
+from pathlib import Path
 
 import torch
 
@@ -35,6 +38,14 @@ def one_line(text) -> str:
         half = LONGEST // 2
         text = f"{text[:half]} ... {text[-half:]}"
     return text
+
+
+def show(line: str):
+    """Print a line, in ASCII where the terminal knows no more."""
+    try:
+        print(line, flush=True)
+    except UnicodeError:
+        print(line.encode("ascii", "backslashreplace").decode(), flush=True)
 
 
 def complain(program, error):
@@ -71,11 +82,24 @@ def exit_status(program, function, *, flags=str):
     except Failed as error:
         complain(program, flags(str(error)))
         return 1
-    except (RuntimeError, MemoryError) as error:
-        if not devices.is_out_of_memory(error):
+    except Exception as error:
+        if devices.is_out_of_memory(error):
+            complain(program, "out of memory: lower --batch-size, or make the model or the images smaller")
+            return 1
+        if sys.flags.dev_mode:
             raise
-        complain(program, "out of memory: lower --batch-size, or make the model or the images smaller")
-        return 1
+        complain(program, unforeseen(error))
+        return 2
+
+
+def unforeseen(error: Exception) -> str:
+    """What no rule foresaw, such as a mistake in a model of one's own: the error, its place, how to see all of it."""
+    if distributed.world_size() > 1 and isinstance(error, RuntimeError):  # most likely another process has ended
+        silent = f"another one was silent for {distributed.TIME_LIMIT}"
+        return f"process {distributed.rank()} stops: {silent if 'timed out' in str(error).lower() else error}"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    return f"{type(error).__name__}: {error} ({where}; with python -X dev in place of python you see the traceback)"
 
 
 @contextlib.contextmanager
@@ -83,9 +107,11 @@ def while_training(args):
     """What goes wrong in this context is a failure of a run that has begun: raises Failed."""
     try:
         yield
+    except Failed:
+        raise
     except (ValueError, OSError) as error:
         raise Failed(error) from None
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if devices.is_out_of_memory(error):
             remedy = f"lower it, or raise --accum (now {args.accum}), or make the model smaller"
             if torch.cuda.is_initialized() and args.cuda_graph is not False:
@@ -93,11 +119,9 @@ def while_training(args):
             raise Failed(f"out of memory with --batch-size {args.batch_size}: {remedy}") from None
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise Failed(f"--compile doesn't work here, use --no-compile: {str(error)[:300]}") from None
-        if distributed.world_size() > 1:  # most likely another process has ended
-            silent = f"another one was silent for {distributed.TIME_LIMIT}"
-            why = silent if "timed out" in str(error).lower() else str(error)
-            raise Failed(f"process {distributed.rank()} stops: {why}") from None
-        raise
+        if sys.flags.dev_mode:
+            raise
+        raise Failed(unforeseen(error)) from None
 
 
 def ending_signals():

@@ -1,12 +1,17 @@
 """Mean loss and accuracy of a model on a split."""
 
+import math
+
 import torch
 
 import augment
 import losses
 from utils import arguments, checkpoints, devices, distributed, models
 
-BATCH = 500
+
+def batch_size(shape) -> int:
+    """How many images of this shape, (channels, height, width), are evaluated at once: 500 as large as CIFAR-10's."""
+    return max(1, min(500, 500 * 3 * 32 * 32 // math.prod(shape)))
 
 
 @torch.inference_mode()
@@ -16,7 +21,8 @@ def evaluate(model, split, dataset, device, precision, *, loss="ce", tta=False, 
     loss_of = losses.parse(loss)
     totals = devices.totals(device)
     rank, world_size = distributed.rank(), distributed.world_size()
-    batches = augment.batches(split, BATCH, dataset.mean, dataset.std, device, first=rank, every=world_size)
+    size = batch_size(split[0].shape[1:])
+    batches = augment.batches(split, size, dataset.mean, dataset.std, device, first=rank, every=world_size)
     for images, labels in batches:
         with devices.autocast(device, precision):
             logits = augment.tta(model, images, flip=flip) if tta else model(images)
@@ -49,7 +55,7 @@ def test_checkpoint(args):
     dataset = models.dataset_for(checkpoint, name, args.data_dir, args.eval)
     device = distributed.local_device(devices.choose_device(args.device))
     precision = devices.choose_precision(args.amp if "amp" in args.given else options["amp"], device)
-    model = models.rebuild(checkpoint).to(device)
+    model = models.rebuild(checkpoint, args.eval).to(device)
     how = {name: options[name] for name in ("loss", "tta", "flip")}
     loss, acc = evaluate(model, dataset.test, dataset, device, precision, **how)
     print(test_line(dataset, loss, acc, how["tta"]))

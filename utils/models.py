@@ -25,15 +25,18 @@ MODELS = {"mlp": mlp_mnist, "cnn": cnn_cifar10, "vit": vit}
 CLASSES = {"mlp": mlp_mnist.MLP, "cnn": cnn_cifar10.CNN, "vit": vit.ViT}
 
 
-def rebuild(checkpoint: dict) -> torch.nn.Module:
+def rebuild(checkpoint: dict, path="the checkpoint") -> torch.nn.Module:
     """The trained model of a checkpoint, on the CPU. Raises ValueError if it can't be built."""
     name = checkpoint["model"]
     if name not in CLASSES:
-        raise ValueError(f"the checkpoint's model {name!r} is unknown: choose from {', '.join(CLASSES)}")
+        raise ValueError(f"{path} holds an unknown model {name!r}: choose from {', '.join(CLASSES)}")
     sizes = checkpoint["model_args"]
     described = (checkpoint["image_size"], checkpoint["channels"], len(checkpoint["classes"]))
     if (sizes.get("image_size"), sizes.get("channels"), sizes.get("num_classes")) != described:
-        raise ValueError(f"the checkpoint contradicts itself: a model of {sizes} for images and classes {described}")
+        raise ValueError(f"{path} contradicts itself: a model of {sizes} for images and classes {described}")
+    layers = [sizes.get("depth"), len(sizes.get("hidden") or ()), len(sizes.get("widths") or ())]
+    if any(isinstance(count, int) and count > len(checkpoint["state_dict"]) for count in layers):
+        raise ValueError(f"{path} contradicts itself: a model of {sizes} has more layers than its weights")
     try:
         with torch.device("meta"):  # takes no memory, however large the sizes that the file claims
             model = CLASSES[name](**sizes)
@@ -41,9 +44,10 @@ def rebuild(checkpoint: dict) -> torch.nn.Module:
         for key, tensor in checkpoint["state_dict"].items():
             if key in expected and tensor.dtype != expected[key].dtype:
                 raise ValueError(f"{key} is {tensor.dtype}")
-        model.load_state_dict(checkpoint["state_dict"], assign=True)
-    except (ArithmeticError, LookupError, TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the checkpoint's weights don't fit its model {name}: {str(error)[:200]}") from None
+        # A copy of the dict: torch would note in it that its tensors are to be taken, not copied, from then on.
+        model.load_state_dict(dict(checkpoint["state_dict"]), assign=True)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} holds weights that don't fit its model {name}: {str(error)[:200]}") from None
     return model
 
 
@@ -54,6 +58,7 @@ def read_init(path, model: str) -> dict:
         content = checkpoints.load(path)  # now all of it is looked at
         if content["model"] != model:
             raise ValueError(f"--init {path} holds a {content['model']}, not a {model}: use --model {content['model']}")
+        rebuild(content, path)  # its sizes are those of its weights: no larger model is built
         return content
     if model != "vit":
         raise ValueError(f"--init {path} is not a checkpoint of train.py; weights of timm need --model vit")
@@ -88,7 +93,7 @@ def load_teacher(path, dataset, device, precision):
     """
     checkpoint = checkpoints.load(path)
     check_same_kind(checkpoint, f"--teacher {path}", dataset.classes, dataset.train.images)
-    model = rebuild(checkpoint).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model = rebuild(checkpoint, path).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (dataset.mean, dataset.std))
     its_mean, its_std = (torch.tensor(checkpoint[k], device=device)[:, None, None] for k in ("mean", "std"))
     scale = std / its_std

@@ -16,6 +16,8 @@ def repeat(args, run_once) -> int:
         try:
             for seed in range(args.seed, args.seed + args.runs):
                 own = arguments.changed(args, seed=seed, runs=1, out=str(folder.path / f"seed-{seed}"))
+                if results:  # the first may have fallen back to another set
+                    own = arguments.changed(own, data=results[0]["args"]["data"])
                 result, status = run_seed(own, run_once)
                 if status:
                     break
@@ -27,7 +29,7 @@ def repeat(args, run_once) -> int:
             text, summary = run_folder.over_seeds(results)
             folder.log(text)
             same = {"args": arguments.plain(args) | {"data": results[0]["args"]["data"]}}
-            origin = {"command": run_folder.command(), "commit": run_folder.commit()}
+            origin = {"command": arguments.command(), "commit": run_folder.commit()}
             folder.write_result(summary | same | origin)
     return status
 
@@ -37,22 +39,26 @@ def run_seed(args, run_once):
     folder = Path(args.out)
     if not folder.exists():
         return run_once(args)
-    checkpoint = None
+    checkpoint = result = None
     if (folder / "last.pt").exists():
         checkpoint = checkpoints.load(folder / "last.pt", keys=checkpoints.RESUME_KEYS)
-        saved = checkpoint["args"]
-        resumable = arguments.MAY_CHANGE - {"epochs"} | {"data"}
+    if (folder / "result.json").exists():  # without a last.pt, too: of a run that diverged in its first epoch
+        result = json.loads((folder / "result.json").read_text())
+    if checkpoint or result:
+        saved = checkpoint["args"] if checkpoint else result["args"]
+        resumable = arguments.MAY_CHANGE - {"epochs", "patience"}
         if args.minutes:  # they were measured
             resumable |= {"epochs", "warmup_epochs"}
-        odd = [k for k, v in arguments.plain(args).items() if k not in resumable and saved.get(k) != v]
-        if odd:
-            raise ValueError(
-                f"--out {folder.parent} holds runs with another {arguments.flag_name(odd[0])}: name another"
-            )
-        args = arguments.changed(args, resume=str(folder / "last.pt"), out=None, data=saved["data"])
-        if (folder / "result.json").exists():
-            result = json.loads((folder / "result.json").read_text())
-            if result["stopped"] != "interrupted":
-                print(f"{folder} is finished")
-                return result, errors.STATUS_OF.get(result["stopped"], 0)
+        if "data" not in args.given and saved["data"] == "shapes":  # it had fallen back
+            resumable |= {"data"}
+        for name, value in arguments.plain(args).items():
+            if name not in resumable and json.dumps(value) != json.dumps(saved.get(name)):  # in JSON tuples are lists
+                other = arguments.flag_name(name)
+                raise ValueError(f"--out {folder.parent} holds runs with another {other}: name another")
+    if result and result["stopped"] != "interrupted":
+        print(f"{folder} is finished")
+        return result, errors.STATUS_OF.get(result["stopped"], 0)
+    if checkpoint:
+        before = {name: saved[name] for name in ("data", "epochs", "warmup_epochs")}
+        args = arguments.changed(args, resume=str(folder / "last.pt"), out=None, **before)
     return run_once(args, checkpoint)

@@ -15,6 +15,7 @@ Throughout, logits are float (n, classes) and labels int64 (n,), both on the CPU
 """
 
 import math
+import warnings
 
 import torch
 
@@ -97,6 +98,17 @@ def new_figure(width, height):
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def save(figure, path):
+    """Write a figure; a $ in the name of a class is a $, and a letter that no font has is an empty box."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure.savefig(path, dpi=150)
+
+
 def draw_confusion(matrix, classes, path):
     """Plot the confusion matrix: colours are shares of the true class, up to 20 classes with the counts."""
     count = len(classes)
@@ -116,7 +128,7 @@ def draw_confusion(matrix, classes, path):
     axis.set_yticks(range(count), classes, fontsize=small)
     axis.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(image, label="share of the true class (%)", shrink=0.8)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def draw_mistakes(images, logits, labels, classes, path, count=36):
@@ -136,7 +148,7 @@ def draw_mistakes(images, logits, labels, classes, path, count=36):
         name = classes[labels[i]][:12]
         wrong_name = classes[predicted[i]][:12]
         axis.set_title(f"{name}, misclassified\nas {wrong_name}, {100 * confidence[i]:.0f} %", fontsize=9)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def draw_reliability(calibrations, path):
@@ -156,7 +168,7 @@ def draw_reliability(calibrations, path):
     for axis in (upper, lower):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def rollout(maps: torch.Tensor) -> torch.Tensor:
@@ -190,4 +202,4 @@ def draw_attention(image, attended, patch_size, title, path):
             grid = values.view(height // patch_size[0], width // patch_size[1]).numpy()
             axis.imshow(grid, cmap="viridis", alpha=0.65, interpolation="bilinear", extent=(0, width, height, 0))
         axis.set_title(name, fontsize=10)
-    figure.savefig(path, dpi=150)
+    save(figure, path)

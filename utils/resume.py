@@ -19,6 +19,7 @@ def best_content(run, progress) -> dict:
         "std": run.dataset.std,
         "epoch": len(progress.history),
         "metrics": progress.history[-1] if progress.history else {},
+        "images": run.fingerprint,
         "args": arguments.plain(run.args),
     }
 
@@ -39,7 +40,6 @@ def last_content(run, progress) -> dict:
         "scaler": run.scaler.state_dict(),
         "ema": ema,
         "rng": distributed.all_gather(devices.rng_state(run.device)),
-        "images": run.fingerprint,
     }
 
 
@@ -52,8 +52,9 @@ def restore(run, progress, checkpoint: dict):
         models.check_same_kind(checkpoint, "it", dataset.classes, dataset.train.images)
         if (checkpoint["mean"], checkpoint["std"]) != (dataset.mean, dataset.std):
             raise ValueError(f"its images had mean {checkpoint['mean']} and std {checkpoint['std']}")
-        if checkpoint["step"] >= run.total_steps and not checkpoint["history"]:
-            raise ValueError(f"--epochs {run.args.epochs:g} end before its step {checkpoint['step']}")
+        validated = checkpoint["history"][-1]["step"] if checkpoint["history"] else 0
+        if checkpoint["step"] >= run.total_steps and checkpoint["step"] > validated:
+            raise ValueError(f"--epochs {run.args.epochs:g} end by its step {checkpoint['step']}, within an epoch")
         if checkpoint["images"] != run.fingerprint:
             raise ValueError("the training images or labels are not those that it was trained on")
         if run.ema:

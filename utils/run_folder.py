@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import torch
 
 import optimizers
 import plot
-from utils import arguments, build, checkpoints, devices, distributed
+from utils import arguments, build, checkpoints, devices, distributed, errors
 
 RUN_FILES = ("best.pt", "last.pt", "metrics.csv", "result.json", "curves.png")
 DRAW_EVERY = 30  # seconds: drawing takes half of one
@@ -127,11 +126,9 @@ class RunFolder:
 
 
 def print_line(line):
-    """Print a line; a terminal or pipe that has gone away, or can't show it, doesn't end a run."""
+    """Print a line; a terminal or pipe that has gone away doesn't end a run."""
     try:
-        print(line, flush=True)
-    except UnicodeError:
-        print(line.encode("ascii", "backslashreplace").decode(), flush=True)
+        errors.show(line)
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")
 
@@ -188,10 +185,8 @@ def holds_run(path: Path) -> bool:
     The log of a run with this very command, which was killed before it saved anything, doesn't count.
     """
     log = path / "log.txt"
-    if log.is_file() and log.stat().st_size > 0:
-        with open(log, encoding="utf-8", errors="replace") as file:
-            if file.readline() != f"$ {command()}\n":
-                return True
+    if log.is_file() and log.stat().st_size > 0 and not arguments.began(path):
+        return True
     return any((path / name).exists() for name in RUN_FILES) or any(path.glob("seed-*"))
 
 
@@ -227,7 +222,7 @@ def describe(run) -> list[str]:
     shape = "x".join(str(n) for n in dataset.train.images.shape[1:])
     counts = f"{len(run.train.labels):,} images to train on, {len(run.val.labels):,} to validate"
     lines = [
-        f"$ {command()}",
+        f"$ {arguments.command()}",
         f"torch {torch.__version__}, python {platform.python_version()}, {devices.device_name(run.device)}, {how}",
         f"{dataset.name}: {counts}, {len(dataset.test.labels):,} to test; {len(dataset.classes)} classes, {shape}",
         f"{args.model}: {parameters:,} parameters; {args.opt}, {args.sched}, {args.epochs:g} epochs, batches of "
@@ -290,7 +285,7 @@ def result_of(run, history: list, best: dict | None, stopped: str, test_loss, te
         "amp": run.precision,
         "torch": torch.__version__,
         "args": arguments.plain(run.args),
-        "command": command(),
+        "command": arguments.command(),
         "commit": commit(),
     }
 
@@ -315,11 +310,6 @@ def over_seeds(results: list[dict]) -> tuple[str, dict]:
         "train_pflops": statistics.fmean(result["train_pflops"] for result in results),
         "runs": [{key: result[key] for key in own} for result in results],
     }
-
-
-def command() -> str:
-    """What the user typed, as far as Python knows it."""
-    return shlex.join(["python", *sys.argv])
 
 
 def commit() -> str | None:
