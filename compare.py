@@ -133,8 +133,8 @@ def run_all(variants, parsed):
             else:
                 results[name].append(result | {"folder": args.out})  # which may have been moved since it was written
                 said = f"val acc {result['best_val_acc']:.4f}"
-            clock = run_folder.clock(left)
-            print(f"{done}/{total}  {name}, seed {args.seed}: {said}, {seconds:.1f} s, {clock} left", flush=True)
+            clock = f", {run_folder.clock(left)} left" if spent else ""
+            print(f"{done}/{total}  {name}, seed {args.seed}: {said}, {seconds:.1f} s{clock}", flush=True)
     return results, failures, 0
 
 
@@ -264,7 +264,8 @@ def command(argv):
     checkpoints.write((json.dumps(content, indent=1) + "\n").encode(), out / "compare.json")
     checkpoints.write(("\n".join([f"`{arguments.command()}`", "", *lines]) + "\n").encode(), out / "compare.md")
     print("\n".join(["", *lines]))
-    print(f"wrote compare.json and compare.md to {out}")
+    plotted = " and compare.png" if not note.startswith("no ") else ""
+    print(f"wrote compare.json, compare.md{plotted} to {out}")
     return 1 if any(failures.values()) else 0
 
 

@@ -74,6 +74,8 @@ def check(args):
         if value is not None and value is not False and mode not in readers:
             what = f"with --{mode}" if modes else "without --report"
             raise ValueError(f"{arguments.flag_name(name)} has no effect {what}: leave it out")
+    if args.report and args.report not in data.NAMES and not Path(args.report).is_dir():
+        raise ValueError(f"--report {args.report} is no folder and no known set: choose {', '.join(data.NAMES)}")
     if mode in ("report", "export") and args.images:
         raise ValueError(f"--{mode} takes no images: leave {args.images[0]} out")
     if mode == "attention" and len(args.images) != 1:
@@ -345,7 +347,8 @@ def command(argv):
         try:
             return ACTIONS[mode](args, checkpoint, model, device)
         except ImportError as error:
-            raise errors.Failed(f"--{mode} needs {error.name}: pip install {error.name}") from None
+            missing = "onnx onnxscript" if mode == "export" else error.name
+            raise errors.Failed(f"--{mode} needs {error.name}: pip install {missing}") from None
 
 
 def main(argv=None):
