@@ -197,12 +197,14 @@ def without_times(checkpoint):
     return {k: v for k, v in checkpoint.items() if k not in ("seconds", "args", "metrics")} | dict(history=history)
 
 
-def halt(monkeypatch, at):
-    """Send this process a Ctrl-C during the given step of a run."""
+def halt(monkeypatch, at, killed=False):
+    """Send this process a Ctrl-C during the given step of a run, or raise Killed there."""
     real, calls = train.backward, []
 
     def backward(*args):
         calls.append(1)
+        if len(calls) == at and killed:
+            raise Killed
         if len(calls) == at:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)

@@ -10,7 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HERE, TINY, TINY_MLP, Killed, call, python, rejected, rows, same, weights, write_folder, write_idx
+from conftest import (
+    HERE,
+    TINY,
+    TINY_MLP,
+    Killed,
+    call,
+    halt,
+    python,
+    rejected,
+    rows,
+    same,
+    weights,
+    write_folder,
+    write_idx,
+)
 
 import data as datasets
 import diagnose
@@ -206,11 +220,8 @@ def test_an_empty_value_is_no_value(flag, tiny, capsys):
 
 
 def test_a_run_that_was_killed_in_its_first_epoch_starts_again_by_the_same_command(tiny, monkeypatch, capsys):
-    def killed(*args):
-        raise Killed
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "backward", killed)
+        halt(patch, 1, killed=True)
         call(*TINY_MLP, "--out", "run")
     assert [path.name for path in Path("run").iterdir()] == ["log.txt"]
     monkeypatch.setattr(arguments, "command", lambda: "python train.py --another run")
@@ -222,16 +233,8 @@ def test_a_run_that_was_killed_in_its_first_epoch_starts_again_by_the_same_comma
 
 def test_runs_that_were_interrupted_go_on_by_the_same_command(tiny, monkeypatch):
     assert call(*TINY_MLP, "--epochs", 2, "--runs", 3, "--out", "straight") == 0
-    real, calls = train.backward, []
-
-    def backward(*args):
-        calls.append(1)
-        if len(calls) == 9:  # inside the second run
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "backward", backward)
+        halt(patch, 9)  # inside the second run
         assert call(*TINY_MLP, "--epochs", 2, "--runs", 3, "--out", "many") == 130
     first = Path("many/seed-0/result.json").read_text()
     assert call(*TINY_MLP, "--epochs", 2, "--runs", 3, "--batch-size", 32, "--out", "many") == 2
@@ -540,16 +543,8 @@ def test_a_signal_in_the_last_test_stops_the_runs_that_follow(tiny, monkeypatch)
 
 def test_a_run_is_not_shortened_to_within_an_epoch(tiny, monkeypatch, capsys):
     flags = [*TINY_MLP, "--batch-size", 10, "--epochs", 3, "--save-every", 5]  # 13 steps an epoch
-    real, calls = train.backward, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 22:
-            raise Killed
-        return real(*args)
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "backward", dies)
+        halt(patch, 22, killed=True)
         call(*flags, "--out", "run")
     assert checkpoints.load("run/last.pt", keys=checkpoints.RESUME_KEYS)["step"] == 20
     assert call("--resume", "run/last.pt", "--epochs", 1.5) == 2
