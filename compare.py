@@ -193,21 +193,21 @@ def table(rows):
 
 
 def draw(rows, results, path):
-    """The curves of the best variants, as many as there are colours. Returns a note on what isn't drawn, or ''."""
+    """The curves of the best variants, as many as there are colours. Returns (drawn?, a note on what isn't, or '')."""
     drawn = [row["name"] for row in rows if row["n"]][: len(plot.COLOURS)]
     if not drawn:
-        return "no compare.png: no variant has a result"
+        return False, "no compare.png: no variant has a result"
     curves = {}
     for name in drawn:
         curves[name] = [row for result in results[name] for row in plot.read(result["folder"])]
     try:
         plot.draw(curves, path, best=dict.fromkeys(curves))
     except ImportError:
-        return "no compare.png: pip install matplotlib"
+        return False, "no compare.png: pip install matplotlib"
     except Exception as error:  # as of a run's curves: a plot is no reason to fail
-        return f"no compare.png ({errors.one_line(error)[:200]})"
+        return False, f"no compare.png ({errors.one_line(error)[:200]})"
     left = sum(1 for row in rows if row["n"]) - len(drawn)
-    return f"compare.png shows the best {len(drawn)}, {left} more are in the table" if left else ""
+    return True, f"compare.png shows the best {len(drawn)}, {left} more are in the table" if left else ""
 
 
 def command(argv):
@@ -219,12 +219,12 @@ def command(argv):
         raise ValueError(f"--out {out} is no folder: name another one")
     parsed = {}
     for name, flags in variants.items():  # all of them, before anything is run
+        ours = {"seed", "runs", "out", "no_test", "eval", "resume"}
+        arguments.reject_idle(arguments.parse([*rest, *flags], "compare.py")[0], ours, f"in variant {name}")
         parsed[name] = []
         for seed in range(own.seed, own.seed + own.runs):
             folder = out / folder_name(name) / f"seed-{seed}"
             more = ["--seed", str(seed), "--no-test", "--out", str(folder)]
-            ours = {"seed", "runs", "out", "no_test", "eval", "resume"}
-            arguments.reject_idle(arguments.parse([*rest, *flags], "compare.py")[0], ours, f"in variant {name}")
             args, _ = arguments.parse([*rest, *flags, *more], "compare.py")
             if args.val_split == 0:
                 raise ValueError(f"{name}: there is nothing to rank by with --val-split 0: hold some images out")
@@ -246,7 +246,8 @@ def command(argv):
     lines = [*table(rows), "", TEST_NOTE[own.test]]
     if one:
         lines.append(f"Trained on {', '.join(names)}; {one['device']}; {one['amp']}.")
-    if note := draw(rows, results, out / "compare.png"):
+    plotted, note = draw(rows, results, out / "compare.png")
+    if note:
         lines.append(note)
     content = {
         "command": arguments.command(),
@@ -264,8 +265,7 @@ def command(argv):
     checkpoints.write((json.dumps(content, indent=1) + "\n").encode(), out / "compare.json")
     checkpoints.write(("\n".join([f"`{arguments.command()}`", "", *lines]) + "\n").encode(), out / "compare.md")
     print("\n".join(["", *lines]))
-    plotted = " and compare.png" if not note.startswith("no ") else ""
-    print(f"wrote compare.json, compare.md{plotted} to {out}")
+    print(f"wrote compare.json, compare.md{' and compare.png' if plotted else ''} to {out}")
     return 1 if any(failures.values()) else 0
 
 
