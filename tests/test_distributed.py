@@ -167,3 +167,14 @@ def test_a_signal_saves_in_every_process(number, tmp_path):
     assert "--resume run/last.pt" in said
     last = checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)
     assert last["step"] > 0 and len(last["rng"]) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("wrong"), OSError("no space"), KeyError("unforeseen"), RuntimeError("odd")]
+)
+def test_whatever_fails_in_one_process_is_handed_to_all(error):
+    def fails():
+        raise error
+
+    result, handed = distributed._outcome(fails)
+    assert result is None and isinstance(handed, (ValueError, OSError)) and error.args[0] in str(handed)

@@ -122,7 +122,7 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def on_main(function):
-    """Call a function on rank 0 alone. All get what it returns, or its ValueError or OSError."""
+    """Call a function on rank 0 alone. All get what it returns, or its error."""
     if world_size() == 1:
         return function()
     outcome = [_outcome(function) if rank() == 0 else None]
@@ -136,13 +136,7 @@ def on_local_main(function):
         return function()
     outcomes = [(None, None)]
 
-    def work():
-        try:
-            outcomes.append(_outcome(function))
-        except Exception as error:
-            outcomes.append((None, ValueError(f"{type(error).__name__}: {error}")))
-
-    worker = threading.Thread(target=work, daemon=True)
+    worker = threading.Thread(target=lambda: outcomes.append(_outcome(function)), daemon=True)
     if local_rank() == 0:
         worker.start()
     while all_max(int(worker.is_alive())):  # decoding may take longer than TIME_LIMIT
@@ -154,10 +148,13 @@ def on_local_main(function):
 
 
 def _outcome(function):
+    """(its result, None) or (None, its error), for all processes: whatever it is, the others mustn't wait."""
     try:
         return function(), None
     except (ValueError, OSError) as error:
         return None, error
+    except Exception as error:
+        return None, ValueError(f"{type(error).__name__}: {error}")
 
 
 def _unpack(outcome):
