@@ -16,6 +16,7 @@ Many images are augmented at once by a few tensor operations, each with random n
 
 import argparse
 import math
+import os
 import random
 
 import torch
@@ -50,12 +51,15 @@ def batches(
     channel, of pixels in 0..1. Without a key the images come in their order, as they are. With key=(seed, epoch) they
     are shuffled and augmented, which depends on the key alone: by `crop_and_flip` (augment="strong": `distort`), by
     `erase_some` in the share `erase` of them and by `mix`, whose alphas are `mixup` and `cutmix`, and which makes the
-    labels float32 (b, num_classes). The last batch may have another size, see `bounds`.
+    labels float32 (b, num_classes). The last batch may have another size, see `bounds`. Raises ValueError for another
+    `augment`, and for images that are too small or, if "strong", not square.
 
     `first` batches are left out, and of the others every `every`-th is taken. Of each batch, augmented as a whole, the
     process `rank` of `world_size` gets its share: an empty one where the batch has fewer images than there are
     processes, which least=world_size prevents unless batch_size or n is smaller than that.
     """
+    if augment not in ("none", "strong"):
+        raise ValueError(f"augment {augment} must be none or strong")
     all_images, all_labels = split
     n = len(all_labels)
     edges = bounds(n, batch_size, least)
@@ -134,7 +138,9 @@ def distort(images: Tensor, max_shift: int, flipped: Tensor | None, generator: G
     uint8 (b, channels, size, size) -> float32, 0..255. `max_shift` is in pixels, `flipped` as above. Images of one
     channel, such as digits, get elastic jitter besides, those of three get another brightness, contrast and saturation.
     """
-    b, channels, size, _ = images.shape
+    b, channels, height, size = images.shape
+    if height != size:
+        raise ValueError(f"augment strong needs square images, these have {height}x{size} pixels")
 
     def uniform(limit):
         return limit * (2 * torch.rand(b, generator=generator, device=images.device) - 1)
@@ -292,11 +298,13 @@ def main():
     parser.add_argument("--show", required=True, metavar="FILE", help="where to write the plot")
     add_args(parser)
     args = parser.parse_args()
+    if os.path.realpath(args.show) in map(os.path.realpath, args.images):
+        parser.error(f"--show {args.show} is an image to be shown: name another file for the plot")
     options = {"augment": args.augment} if args.augment != "none" else {}
     for name in ("crop_pad", "flip", "reprob", "mixup", "cutmix"):
         value = getattr(args, name)
-        if not 0 <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value} must be a finite number of at least 0")
+        if not 0 <= value <= (1 if name == "reprob" else 1e9):
+            parser.error(f"--{name.replace('_', '-')} {value} must be >= 0{' and <= 1' * (name == 'reprob')}")
         if value:
             options["erase" if name == "reprob" else name] = value
     try:

@@ -104,8 +104,8 @@ def ours(run, cached):
 
 def clock(device):
     """Seconds, when the device has done all that it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
@@ -133,8 +133,10 @@ def peak_memory(device):
     """The most that was held so far, in MB: on the GPU, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 

@@ -68,8 +68,8 @@ class CNN(nn.Module):
 
     arch="residual" (widths 64, 256, 256; 1,972,802 parameters for CIFAR-10): a 2x2 convolution to 24 channels, see
     whiten; for each width a 3x3 convolution that halves the image and a residual one, both Dirac-initialised; the mean
-    over the image; a linear head that starts at zero, so that the first loss is ln(num_classes). All but the residuals,
-    the mean and the head are those of airbench94 (arXiv:2404.00498).
+    over the image; a linear head that starts at zero, so that the first loss is ln(num_classes). It's airbench94
+    (arXiv:2404.00498) but for the residuals, the mean, the head, and batch norms and biases, which are torch's own.
 
     arch="plain" (widths 32, 32, 64; 145,578 parameters): the net of the articles, 5x5 convolutions with padding 2, each
     followed by 2x2 max-pooling, then 1024-64-10. There is no activation between the layers, as written there: nothing
@@ -90,10 +90,12 @@ class CNN(nn.Module):
         super().__init__()
         if arch not in WIDTHS:
             raise ValueError(f"arch {arch} is unknown: choose from {', '.join(WIDTHS)}")
-        widths = widths or WIDTHS[arch]
+        widths = WIDTHS[arch] if widths is None else widths
         self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}  # all the keywords
-        if min(widths) < 1:
-            raise ValueError(f"widths {widths} must be >= 1 each, as in 64,256,256")
+        if min(widths, default=0) < 1:
+            raise ValueError(f"widths {widths} must be one or more, each >= 1, as in 64,256,256")
+        if min(channels, num_classes) < 1:
+            raise ValueError(f"channels {channels} and num_classes {num_classes} must be >= 1")
         smallest = (image_size - (arch == "residual")) // 2 ** len(widths)
         if smallest < 1:
             raise ValueError(f"widths {widths} halves the image {len(widths)} times: too often for {image_size} pixels")
@@ -129,7 +131,8 @@ class CNN(nn.Module):
         if not self.fixed:
             return
         filters = self.body[0].weight
-        patches = F.unfold(images[: max(1, 2**19 // images[0, 0].numel())], 2).transpose(1, 2).flatten(0, 1).double()
+        images = images[: max(1, 2**19 // images[0, 0].numel())].cpu().double()  # MPS has no double precision
+        patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1)
         variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
         directions = (directions / (variances + 5e-4).sqrt()).T.view(-1, *filters.shape[1:])
         filters.copy_(torch.cat([directions, -directions]))

@@ -80,8 +80,8 @@ def variants_of(own):
     if len(variants) < 2:
         raise ValueError("there is nothing to compare: give --vary FLAG=A,B, or two or more --case")
     count = len(own.case) + (math.prod(len(values) for values in grid) if grid else 0)
-    if len({folder_name(name) for name in variants}) < count:
-        raise ValueError("two variants have the same name: every --case and value needs its own")
+    if len({folder_name(name).lower() for name in variants}) < count:
+        raise ValueError("two variants would share a folder: every name needs other letters of a-z, 0-9")
     return variants
 
 
@@ -134,7 +134,7 @@ def run_all(variants, parsed):
                 results[name].append(result | {"folder": args.out})  # which may have been moved since it was written
                 said = f"val acc {result['best_val_acc']:.4f}"
             clock = f", {run_folder.clock(left)} left" if spent else ""
-            print(f"{done}/{total}  {name}, seed {args.seed}: {said}, {seconds:.1f} s{clock}", flush=True)
+            errors.show(f"{done}/{total}  {name}, seed {args.seed}: {said}, {seconds:.1f} s{clock}")
     return results, failures, 0
 
 
@@ -181,14 +181,14 @@ def table(rows):
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        failed = f", {row['failed']} failed" if row["failed"] else ""
+        name, failed = row["name"].replace("|", "\\|"), f", {row['failed']} failed" if row["failed"] else ""
         if not row["n"]:
-            lines.append(f"| {row['name']} | - | 0{failed} | - | - | - | - |")
+            lines.append(f"| {name} | - | 0{failed} | - | - | - | - |")
             continue
         val = percent(row["val_acc"], row["val_acc_std"])
         tested = percent(row["test_acc"], row["test_acc_std"]) if "test_acc" in row else "-"
         cells = [f"{100 * row['train_acc']:.2f}", f"{row['best_epoch']:.3g}", f"{row['seconds']:.1f}", tested]
-        lines.append(f"| {row['name']} | {val} | {row['n']}{failed} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {val} | {row['n']}{failed} | {' | '.join(cells)} |")
     return lines
 
 
@@ -264,8 +264,8 @@ def command(argv):
     out.mkdir(parents=True, exist_ok=True)  # where every variant was rejected, no run has made it
     checkpoints.write((json.dumps(content, indent=1) + "\n").encode(), out / "compare.json")
     checkpoints.write(("\n".join([f"`{arguments.command()}`", "", *lines]) + "\n").encode(), out / "compare.md")
-    print("\n".join(["", *lines]))
-    print(f"wrote compare.json, compare.md{' and compare.png' if plotted else ''} to {out}")
+    errors.show("\n".join(["", *lines]))
+    errors.show(f"wrote compare.json, compare.md{' and compare.png' if plotted else ''} to {out}")
     return 1 if any(failures.values()) else 0
 
 

@@ -136,8 +136,10 @@ def split(whole: Split, val_split: float, seed: int) -> tuple[Split, Split]:
 
 
 def limit(whole: Split, count: int, seed: int) -> Split:
-    """Keep `count` random images, each class in its proportion. Raises ValueError if there are fewer."""
+    """Keep `count` random images, each class in its proportion. Raises ValueError if there are fewer, or for none."""
     images, labels = whole
+    if count < 1:
+        raise ValueError(f"limit {count} must be >= 1")
     if count > len(labels):
         raise ValueError(f"limit {count} is more than the {len(labels)} training images")
     mask = _stratified(labels, count, seed)
@@ -208,9 +210,9 @@ def _open_or_download(name, cls, root, read_only):
 def _alone(root):
     """Let one process at a time in here, where the system has such locks."""
     try:
+        root.mkdir(parents=True, exist_ok=True)
         import fcntl
 
-        root.mkdir(parents=True, exist_ok=True)
         folder = os.open(root, os.O_RDONLY)
     except (ImportError, OSError):
         yield
@@ -304,8 +306,9 @@ def _from_folder(folder, data_dir, img_size, read_only):
     classes = sorted(entry.name for entry in _entries(folder / "train") if entry.is_dir())
     if len(classes) == 1:  # a folder too many, most likely
         raise ValueError(f"{folder / 'train'} holds one class, {classes[0]}: expected a folder for each of several")
-    train_paths, train_labels = _images_by_class(folder / "train", classes)
-    test_paths, test_labels = _images_by_class(folder / "test", classes)
+    others = []
+    train_paths, train_labels = _images_by_class(folder / "train", classes, others)
+    test_paths, test_labels = _images_by_class(folder / "test", classes, others)
     paths = train_paths + test_paths
     if img_size is None:
         img_size = min(64, min(_image_size(paths[0])))
@@ -330,6 +333,8 @@ def _from_folder(folder, data_dir, img_size, read_only):
             raise ValueError(f"{folder} changed while it was being decoded: run again when it is at rest")
         if not read_only:
             note = _write_cache(images, cache) or note
+    if others:
+        note += f"\n{left_out(others)}, or lie in no class"
     n = len(train_paths)
     mean, std = pixel_stats(images[:n])
     train = Split(images[:n], torch.tensor(train_labels))
@@ -337,16 +342,17 @@ def _from_folder(folder, data_dir, img_size, read_only):
     return Dataset(name, classes, mean, std, train, test, note)
 
 
-def _images_by_class(folder, classes):
-    """List the images in the folders of the classes: paths and labels."""
+def _images_by_class(folder, classes, others):
+    """List the images in the folders of the classes: paths and labels. `others` gets the other files."""
     paths = []
     labels = []
     for entry in _entries(folder):
         if not entry.is_dir():
+            others.append(entry.path)
             continue
         if entry.name not in classes:
             raise ValueError(f"{entry.path} is a class that {folder.parent / 'train'} lacks, which names all classes")
-        inside = list(images_below(entry.path))
+        inside = list(images_below(entry.path, others))
         if folder.name == "train" and not inside:
             raise ValueError(f"{entry.path} holds no images: add some, or remove the class")
         paths += inside
@@ -356,13 +362,24 @@ def _images_by_class(folder, classes):
     return paths, labels
 
 
-def images_below(folder):
-    """Yield the paths of the images in a folder, at any depth. Hidden files and folders are left out."""
+def images_below(folder, others: list):
+    """Yield the paths of the images in a folder, at any depth. Hidden files and folders are left out.
+
+    `others` gets the paths of files whose names don't end as those of images do.
+    """
     for entry in _entries(folder):
         if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
             yield entry.path
         elif entry.is_dir(follow_symlinks=False):  # a link may lead back up
-            yield from images_below(entry.path)
+            yield from images_below(entry.path, others)
+        else:
+            others.append(entry.path)
+
+
+def left_out(others: list) -> str:
+    """A line on files that were left out."""
+    kinds = ", ".join(sorted({ascii(Path(path).suffix)[:20] for path in others})[:5])
+    return f"left out: {len(others):,} files ({kinds}) that don't end in .jpg, .png or the like"
 
 
 def _entries(folder):

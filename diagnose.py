@@ -3,9 +3,9 @@
     python diagnose.py --model vit --opt adamw --sched cosine
     python diagnose.py --model cnn --find-lr lr.png
 
-It takes the flags of train.py that shape the training, and writes nothing but the plot of --find-lr. Each check prints
-one line: ok or FAIL, a number, and what to do. Exit status: 0, 1 if a check fails, 2 for wrong arguments. The test
-images are compared with the others; their labels are not read.
+It takes the flags of train.py that shape the training, and writes nothing but the plot of --find-lr, besides datasets
+and caches in --data-dir. Each check prints one line: ok or FAIL, a number, and what to do. Exit status: 0, 1 if a check
+fails, 2 for wrong arguments. The test images are compared with the others; their labels are not read.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def parse_args(argv=None):
     own, rest = parser.parse_known_args(argv)
     args, _ = arguments.parse(rest, "diagnose.py")
     arguments.reject_idle(args, {"resume", "eval"}, "with diagnose.py")
-    if own.find_lr:
+    if own.find_lr is not None:
         if args.opt in ("rprop", "lbfgs"):
             raise ValueError(f"--find-lr can't be used with --opt {args.opt}, which finds the size of its steps itself")
         if Path(own.find_lr).suffix != ".png" or not Path(own.find_lr).parent.is_dir():
@@ -118,7 +118,8 @@ def normalisation(checked):
 def hashes(images):
     """A 64-bit number for each uint8 image (n, channels, size, size) -> int64 (n,), equal for equal pixels."""
     weights = torch.randint(-(2**62), 2**62, (images.shape[1:].numel(),), generator=augment.seeded("hash"))
-    return torch.cat([(some.flatten(1).long() * weights).sum(1) for some in images.cpu().split(2000)])
+    parts = images.cpu().split(max(1, 2**23 // len(weights)))  # to save memory: as int64 they take eight times as much
+    return torch.cat([(some.flatten(1).long() * weights).sum(1) for some in parts])
 
 
 def overlap(checked):
@@ -138,9 +139,12 @@ def overlap(checked):
 def labels(checked):
     """A linear fit of coarse pixels, each image predicted by a fit to all the others, beats one to shuffled labels."""
     run = checked.run
-    images, answers = next(plain_batches(run, 5000))
+    size = evaluation.batch_size(run.train.images.shape[1:])
+    batches = itertools.islice(plain_batches(run, size), math.ceil(min(5000, len(run.train.labels)) / size))
+    coarse, answers = zip(*((F.adaptive_avg_pool2d(x, min(16, x.shape[-1])), y) for x, y in batches), strict=True)
+    answers = torch.cat(answers)
     n, classes = len(answers), len(run.dataset.classes)
-    x = F.pad(F.adaptive_avg_pool2d(images, min(16, images.shape[-1])).flatten(1), (0, 1), value=1.0)
+    x = F.pad(torch.cat(coarse).flatten(1), (0, 1), value=1.0)
     shuffled = answers[torch.randperm(n, generator=augment.seeded("shuffle")).to(run.device)]
     wanted = torch.stack([answers, shuffled], dim=1)
     y = F.one_hot(wanted, classes).float().flatten(1)

@@ -71,7 +71,8 @@ def cosine(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torc
     and the true cosine's gradient there, 1 / length, would be without bounds.
     """
     direction = F.normalize(targets(labels, logits.shape[1], smoothing), dim=1)
-    return 1 - F.cosine_similarity(logits, direction, dim=1, eps=1.0).mean()
+    length = torch.linalg.vector_norm(logits, dim=1, keepdim=True)
+    return 1 - (logits / length.clamp(min=1) * direction).sum(1).mean()
 
 
 LOSSES = {f.__name__: f for f in (ce, mse, l1, euclidean, cosine)}

@@ -62,6 +62,8 @@ class MLP(nn.Module):
         self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}  # all the keywords
         if min(hidden, default=1) < 1:
             raise ValueError(f"hidden {hidden} must be widths >= 1, as in 256,128,64")
+        if min(image_size, channels, num_classes) < 1:
+            raise ValueError(f"image_size {image_size}, channels {channels}, num_classes {num_classes} must be >= 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout {dropout} must be >= 0 and < 1")
         layers, width = [nn.Flatten()], channels * image_size**2

@@ -26,7 +26,8 @@ def sgd(groups, *, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
     options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
     optimizer = torch.optim.SGD(groups, lr, fused=True, **options)
     for group in optimizer.param_groups if momentum else ():
-        for p in group["params"]:  # torch leaves the buffers uninitialised if a GradScaler skips the first step
+        # torch leaves the buffers uninitialised if a GradScaler skips the first step. So move the model before this.
+        for p in group["params"]:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
@@ -104,9 +105,14 @@ class Muon(torch.optim.Optimizer):
             self.adamw.param_groups = others  # the same dicts: it sees every change of the learning rate
             self.adamw.state = self.state
 
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
+    def __setstate__(self, state):  # after load_state_dict, a copy or unpickling the groups are other dicts
+        super().__setstate__(state)
         self.connect()
+
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        if hasattr(self, "adamw"):  # not while the constructor adds the first ones
+            self.connect()
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -130,8 +136,11 @@ class Muon(torch.optim.Optimizer):
         batches = {}
         for p in group["params"]:
             if p.grad is not None:
-                if "momentum_buffer" not in self.state[p]:
+                momentum = self.state[p].get("momentum_buffer")
+                if momentum is None:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                elif momentum.stride() != p.stride():  # the parameter has got another memory format since
+                    self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum)
                 alike = "all" if p.is_cuda else (len(p), p[0].numel())
                 batches.setdefault(alike, []).append(p)
         for params in batches.values():
@@ -276,12 +285,15 @@ def parameter_groups(
     The learning rate of a layer is lr * layer_decay ** (number of layers above it), see layers(), times the multiplier
     of each (prefix, multiplier) of lr_scale whose prefix its name begins with, where * stands for anything. It's in
     "lr", and in "initial_lr" for schedules; without lr, the groups have neither. With use_muon, matrices and filters
-    of all layers but the first and the last are in groups with use_muon=True. Raises ValueError for values out of
+    of all layers but the first and the last are in groups with use_muon=True. Give it the bare model: the wrappers of
+    torch.compile and DistributedDataParallel hide layer_of and no_weight_decay. Raises ValueError for values out of
     range, and for a prefix that no parameter has.
     """
     layer_of = layers(model)
-    check_options(layer_of, lr, layer_decay, lr_scale)
+    check_options(layer_of, lr, weight_decay, layer_decay, lr_scale)
     spared = getattr(model, "no_weight_decay", ())
+    if callable(spared):  # timm's models have a method
+        spared = spared()
     top = max(layer_of.values())
     groups = {}
     for name, parameter in model.named_parameters():
@@ -305,8 +317,11 @@ def parameter_groups(
     return list(groups.values())
 
 
-def check_options(layer_of, lr, layer_decay, lr_scale):
+def check_options(layer_of, lr, weight_decay, layer_decay, lr_scale):
     """Raise ValueError for options of parameter_groups that are out of range."""
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} {value} must be a finite number >= 0")
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay {layer_decay} must be above 0 and at most 1")
     if lr is None and (layer_decay != 1 or lr_scale):

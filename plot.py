@@ -24,7 +24,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc")
 STYLES = {"train": ("--", "training"), "val": ("-", "validation")}
 # Arguments that don't change a run's results, and the seed, which only shakes them.
-NAMELESS = {"out", "data_dir", "device", "log_interval", "save_every", "resume", "eval", "tensorboard", "seed"}
+NAMELESS = {
+    "out", "data_dir", "device", "log_interval", "save_every", "resume", "eval", "tensorboard", "seed", "runs",
+    "no_test", "compile", "cuda_graph",
+}  # fmt: skip
 TELLING = ("model", "data", "opt", "sched")  # values that say what they are
 
 
@@ -45,7 +48,10 @@ def read_result(run):
     """A run's result.json; nothing is known about a run that still goes on."""
     try:
         result = json.loads((Path(run) / "result.json").read_text())
-        return {**result, "args": {**result["args"], "data": result["data"]}}
+        args = {**result["args"], "data": result["data"]}
+        if args.get("minutes"):  # the length was measured: another one for each seed
+            args = {name: value for name, value in args.items() if name not in ("epochs", "warmup_epochs")}
+        return {**result, "args": args}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {"args": {}}
 

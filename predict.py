@@ -90,7 +90,8 @@ def check(args):
 
 
 def log(line):
-    print(line, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # print would take standard output
+        print(line, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -98,10 +99,10 @@ def log(line):
 
 def find(paths):
     """The image files that are named, or lie in named folders at any depth, except hidden ones."""
-    files = []
+    files, others = [], []
     for path in map(Path, paths):
         if path.is_dir():
-            found = [Path(inside) for inside in data.images_below(path)]
+            found = [Path(inside) for inside in data.images_below(path, others)]
             if not found:
                 raise ValueError(f"{path} holds no images: expected *.jpg, *.png, ... at any depth")
             files += found
@@ -109,6 +110,8 @@ def find(paths):
             files.append(path)
         else:
             raise ValueError(f"{path} doesn't exist or is no file: expected an image file or a folder")
+    if others:
+        log(f"note: {data.left_out(others)}")
     return files
 
 
@@ -128,7 +131,8 @@ def read(path, checkpoint, invert):
 def is_dark_on_light(image, checkpoint):
     """Is the border of a grey image light, while the model has learned light figures on dark?"""
     border = torch.cat((image[0, 0], image[0, -1], image[0, :, 0], image[0, :, -1]))
-    return checkpoint["channels"] == 1 and checkpoint["mean"][0] < 1 / 3 and border.median().item() > 127
+    measured = checkpoint["channels"] == 1 and not checkpoint["args"].get("mean")
+    return measured and checkpoint["mean"][0] < 1 / 3 and border.median().item() > 127
 
 
 def logits_of(model, images, checkpoint, device):
@@ -203,7 +207,7 @@ def print_predictions(paths, probabilities, classes, top, as_json):
 def held_out(checkpoint, dataset):
     """The images of a dataset that the run held out, or would have; None if that can't be told."""
     run = checkpoint["args"]
-    same_set = Path(run.get("data") or "").name == dataset.name
+    same_set = Path(run.get("data") or "").resolve().name == dataset.name
     if same_set and "images" in checkpoint and checkpoint["images"] != checkpoints.fingerprint(*dataset.train):
         return None  # they have changed since: another split would hold out what was trained on
     try:
@@ -248,7 +252,8 @@ def print_report(args, checkpoint, model, device):
     if args.json:
         print(json.dumps(results))
     else:
-        print(f"{evaluation.test_line(dataset, results['test_loss'], results['test_acc'], False)}\n")
+        note = "without TTA" if checkpoint["args"].get("tta") else ""
+        errors.show(f"{evaluation.test_line(dataset, results['test_loss'], results['test_acc'], False, note)}\n")
         errors.show(f"{report.as_text(matrix, [errors.one_line(name) for name in classes])}\n\n{text}")
     out = Path(args.out or Path(args.checkpoint).parent / f"report-{dataset.name}")
     out.mkdir(parents=True, exist_ok=True)
@@ -292,7 +297,7 @@ def export(args, checkpoint, model, device):
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"--export {path} must end in .pt2 (torch.export) or .onnx")
     model = model.cpu().requires_grad_(False)
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")  # so that a file of this name stays if this fails
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")  # a file of this name stays if this fails
     try:
         worst = compare(model, write_program(model, temporary, shape), shape)
         if not worst < 1e-4:
@@ -324,14 +329,13 @@ def write_program(model, path, shape):
 
 def compare(model, program, shape):
     """The largest difference between the outputs of a model and a program, relative to the largest output."""
-    worst = 0.0
+    differences = []
     with torch.inference_mode():
         for count in (1, 5):
             images = torch.randn(count, *shape)
             expected = model(images)
-            difference = (program(images) - expected).abs().max() / expected.abs().max().clamp(min=1)
-            worst = max(worst, difference.item())
-    return worst
+            differences.append((program(images) - expected).abs().max() / expected.abs().max().clamp(min=1))
+    return torch.stack(differences).max().item()  # NaN if one is
 
 
 ACTIONS = {"images": predict, "report": print_report, "attention": draw_attention, "export": export}

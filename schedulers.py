@@ -16,6 +16,8 @@ In a loop of your own (this file needs the standard library alone):
         for group in groups:
             group["lr"] = group["initial_lr"] * multiplier(step / steps_per_epoch)
 
+plateau needs what it watches, one value for each epoch so far: `multiplier(epoch, val_losses)`, with mode="min".
+
 At every epoch boundary a schedule has the value of the torch.optim.lr_scheduler class named in its docstring, stepped
 once per epoch; between boundaries the smooth ones are smooth. There is no state to save: a schedule depends on the time
 alone, and plateau on the list of values that it has been shown.
@@ -81,7 +83,8 @@ def onecycle(t, *, length):
     """OneCycleLR(max_lr=lr, total_steps=length + 1), momentum left alone, arXiv:1708.07120.
 
     Stepped per epoch, torch's class counts values, not the intervals between them: `length` epochs have length + 1
-    boundaries. Up along a cosine from lr / 25 in the first 30 %, then down to lr / 250,000.
+    boundaries. Up along a cosine from lr / 25 until epoch 0.3 * (length + 1) - 1, then down to
+    lr / 250,000.
     """
     peak = 0.3 * (length + 1) - 1
     if t < peak:
@@ -130,6 +133,7 @@ def check(options: dict):
         "t_0": length,
         "t_mult": ("from 1 to 1,000,000", lambda x: 1 <= x <= 1_000_000),
         "patience_epochs": (">= 0", lambda x: x >= 0),
+        "mode": ("max or min", lambda x: x in ("max", "min")),
     }
     for name, (rule, holds) in rules.items():
         if not holds(options[name]):
@@ -179,9 +183,10 @@ def schedule(
         "t_0": t_0,
         "t_mult": t_mult,
         "patience_epochs": patience_epochs,
+        "mode": mode,
     }
     check({"lr": lr, "epochs": epochs, "warmup_epochs": warmup_epochs, "min_lr": min_lr, **known})
-    known |= {"mode": mode, "length": length, "floor": min_lr / lr}
+    known |= {"length": length, "floor": min_lr / lr}
     function, reads = SCHEDULES[sched], options_of(sched)
     keywords = {name: value for name, value in known.items() if name in reads}
 
@@ -259,6 +264,8 @@ def main():
             return plot(multipliers, args.lr, args.epochs, args.plot)
         except (ValueError, OSError) as error:
             parser.error(f"--plot {args.plot} can't be written ({error})")
+        except ImportError:
+            parser.exit(1, "schedulers.py: error: there is no matplotlib: pip install matplotlib\n")
     try:
         print("epoch,lr")
         for epoch in range(int(args.epochs) + 1):
@@ -269,10 +276,8 @@ def main():
 
 
 def plot(multipliers, lr, epochs, path):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("no plot: pip install matplotlib", file=sys.stderr)
+    from matplotlib.figure import Figure
+
     columns = min(3, len(multipliers))
     rows = math.ceil(len(multipliers) / columns)
     figure = Figure(figsize=(3.2 * columns + 1, 2.2 * rows + 0.6), layout="constrained")

@@ -284,7 +284,7 @@ def train(run, progress, folder, caught):
         best = find_best(args, history)
         if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
             folder.log(explain(run, history, best))
-            if args.sched in ("cosine", "linear", "onecycle"):
+            if args.sched in ("cosine", "linear", "onecycle") and args.t_max is None:
                 folder.log(f"The low end of --sched {args.sched} was not reached: --patience 0 lets it end.")
             return "early stop"
         epoch_end = (progress.step // run.steps_per_epoch + 1) * run.steps_per_epoch

@@ -139,9 +139,10 @@ class ViT(nn.Module):
     The keywords are those of vit-pytorch's ViT; image_size and patch_size may be pairs (height, width). What differs
     from the paper: pool="mean" averages the tokens in place of a class token; positions start at standard deviation 1,
     as in vit-pytorch, not 0.02 (on small images the model learns earlier); queries, keys and values have no bias unless
-    qkv_bias. What differs from vit-pytorch: no norms inside the patch embedding; dim_head is dim / heads unless given.
-    stem="conv" puts conv_stem in place of the linear patches. drop_path grows linearly with the depth. The head starts
-    at zero, so that the first loss is ln(num_classes).
+    qkv_bias. What differs from vit-pytorch: no norms inside the patch embedding; no dropout of attention weights; a
+    projection behind one head, too; dim_head is dim / heads unless given. stem="conv" puts conv_stem in place of the
+    linear patches. drop_path grows linearly with the depth. The head starts at zero, so that the first loss is
+    ln(num_classes).
 
     Raises ValueError if the patch doesn't divide the image, the heads don't divide dim, or forward gets another size.
     """
@@ -200,9 +201,12 @@ class ViT(nn.Module):
             if patch < 1 or size % patch:
                 fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
                 raise ValueError(f"patch_size {patch} must divide image_size {size}: try {fitting}")
-        for name in ("dim", "depth", "heads", "mlp_dim", "dim_head"):
+        for name in ("dim", "depth", "heads", "mlp_dim", "dim_head", "channels"):
             if args[name] is not None and args[name] < 1:
                 raise ValueError(f"{name} {args[name]} must be >= 1")
+        if min(self.image_size) < 1 or args["num_classes"] < 0:
+            sizes = f"image_size {args['image_size']} and num_classes {args['num_classes']}"
+            raise ValueError(f"{sizes} must be >= 1, or num_classes 0 for features")
         if args["dim_head"] is None and args["dim"] % args["heads"]:
             fitting = ", ".join(str(n) for n in range(1, min(args["dim"], 33)) if args["dim"] % n == 0)
             raise ValueError(f"heads {args['heads']} must divide dim {args['dim']}: try {fitting}")
@@ -253,7 +257,10 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, images: torch.Tensor) -> torch.Tensor:
-        """What each token attends to in each layer: (layers, batch, heads, tokens, tokens); rows sum to 1."""
+        """What each token attends to in each layer: (layers, batch, heads, tokens, tokens); rows sum to 1.
+
+        For a model in eval mode: in training, dropout and batch norm take part.
+        """
         x, maps = self.embed(images), []
         for block in self.blocks:
             q, k, _ = block.attention.split(block.norm_1(x))
@@ -264,9 +271,12 @@ class ViT(nn.Module):
     def resize_positions(self, state: dict) -> dict:
         """A state dict of ours with its positions interpolated to this model's patches, bicubic, if they don't fit.
 
-        They are taken for those of a square image. A class token's is kept, or dropped if this model has no such token.
+        They are taken for those of a square image. A class token's is kept, dropped if this model has no such token, or
+        this model's own if the state has none.
         """
-        old = state["pos_embedding"]
+        old = state.get("pos_embedding")
+        if old is None or old.ndim != 3 or old.shape[-1] != self.pos_embedding.shape[-1]:
+            return state
         side = math.isqrt(old.shape[1])  # side * side + 1 is never a square: the rest is 1 with a class token, else 0
         rest = old.shape[1] - side * side
         if old.shape == self.pos_embedding.shape or rest != ("cls_token" in state):
@@ -276,7 +286,9 @@ class ViT(nn.Module):
         grid = rearrange(old[:, rest:], "1 (h w) d -> 1 d h w", h=side)
         grid = F.interpolate(grid.float(), (rows, columns), mode="bicubic", antialias=True)
         patches = rearrange(grid, "1 d h w -> 1 (h w) d")
-        kept = old[:, :rest] if self.cls_token is not None else old[:, :0]
+        kept = old[:, :0]
+        if self.cls_token is not None:
+            kept = old[:, :1] if rest else self.pos_embedding[:, :1].detach().cpu()
         return {**state, "pos_embedding": torch.cat([kept, patches], dim=1)}
 
 
@@ -297,7 +309,8 @@ def from_timm(weights: dict) -> tuple[dict, dict]:
 
     Besides the names in FROM_TIMM, patch_embed.proj becomes patch_embedding, as a matrix, and pos_embed pos_embedding.
     The weights don't tell the number of heads: it's dim / 64, at most 16, in timm's models. Its norms have eps 1e-6.
-    Raises ValueError for weights with other layers (registers, layer scale, a norm after pooling ...).
+    Nor do they tell the activation: models with gelu_tanh (some siglip_gap) get GELU, and so another output. Raises
+    ValueError for weights with other layers (registers, layer scale, a norm after pooling ...).
     """
     state = {}
     for name, tensor in weights.items():

@@ -220,13 +220,15 @@ def test_plot_of_augmentation(tmp_path, monkeypatch, capsys):
         f"--show {tmp_path}/c.png --crop-pad 40": "crop_pad 40 must be smaller than the image, 32x32 pixels",
         f"--show {tmp_path}/c.png --crop-pad -1": "--crop-pad -1",
         f"--show {tmp_path}/c.png --mixup nan": "--mixup nan",
+        f"--show {tmp_path}/c.png --reprob 2": "--reprob 2",
+        f"--show {tmp_path}/red.png {tmp_path}/white.png {tmp_path}/../{tmp_path.name}/red.png": "name another file",
         "--flip": "--show",
     }.items():
         with pytest.raises(SystemExit) as stop:
             main(*wrong.split())
         said = capsys.readouterr().err
         assert stop.value.code == 2 and len(said.splitlines()) == 1 and words in said, said
-    assert not (tmp_path / "c.png").exists()
+    assert not (tmp_path / "c.png").exists() and Image.open(tmp_path / "red.png").size == (50, 30)
 
 
 def test_too_much_padding_is_rejected():
@@ -235,6 +237,13 @@ def test_too_much_padding_is_rejected():
         augment.crop_and_flip(images, 5, None, augment.seeded(0))
     with pytest.raises(ValueError, match=r"^shift 5 must be smaller than the image, 5x8 pixels"):
         augment.tta_views(images.float(), flip=True, shift=5)
+
+
+def test_other_kinds_and_shapes_are_rejected():
+    split = torch.zeros(2, 1, 5, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    for kind, words in (("Strong", "augment Strong must be"), ("strong", "square images, these have 5x8")):
+        with pytest.raises(ValueError, match=words):
+            next(augment.batches(split, 2, (0.5,), (0.5,), "cpu", key=(0, 0), augment=kind))
 
 
 def test_tta_is_the_mean_over_its_views():

@@ -42,6 +42,12 @@ WRONG = [
 ]  # fmt: skip
 
 
+def test_flags_are_split_as_by_a_shell():
+    text = """--data imgs#2 --case "#1: --lr 1"  --out 'a # b' # a comment, isn't it?"""
+    assert arguments.split_flags(text) == ["--data", "imgs#2", "--case", "#1: --lr 1", "--out", "a # b"]
+    assert arguments.split_flags("# all of it") == arguments.split_flags("\t#") == []
+
+
 def test_wrong_input_is_one_line_and_status_2(tiny, capsys):
     Path("taken").mkdir()
     Path("taken/log.txt").write_text("a run")

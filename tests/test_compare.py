@@ -102,6 +102,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tiny, monkeypatch, capsys
         ["--case", "one: --lr 0.1"],
         ["--case", "--lr 0.1", "--case", "b: --lr 1"],
         ["--case", "a: --lr 0.1", "--case", "a: --lr 1"],
+        ["--case", "Adam: --lr 0.1", "--case", "adam: --lr 1"],
         ["--case", "a: --lr 0.1", "--case", "b: --lr nan"],
         ["--case", "a: --lr 0.1", "--case", 'b: --lr "1'],
         ["--vary", "opt=sgd,adamax"],

@@ -330,6 +330,15 @@ def test_a_broken_transfer_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_files_that_are_no_images_are_counted(tmp_path):
+    root = write_folder(tmp_path / "pets", (8, 8))
+    assert data.load(root, tmp_path).note == ""
+    for name in ("train/cat/photo.HEIC", "train/notes.txt", "test/dog/\x1b[31m.x\ny", "test/dog/.hidden"):
+        (root / name).touch()
+    note = data.load(root, tmp_path).note.strip()
+    assert note.count("\n") == 0 and "3 files ('.HEIC', '.txt', '.x\\ny')" in note
+
+
 def test_one_class_is_a_folder_too_many(tiny, capsys):
     pets = write_folder(tiny / "pets")
     for split in ("train", "test"):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HERE, TINY_MLP, assert_same_run, call, python
+from conftest import HERE, TINY_MLP, assert_same_run, call, halt, python
 
 import data as datasets
-from utils import arguments, checkpoints, distributed, evaluation, models
+from utils import arguments, build, checkpoints, distributed, errors, evaluation, models
 
 
 def torchrun(count, *argv, cwd, restarts=0):
@@ -151,6 +151,51 @@ def test_a_run_for_minutes_is_started_anew(tiny, monkeypatch):
         patch.setattr(arguments, "command", lambda: "python train.py --another run")
         assert call(*flags) == 2
     assert call(*flags) == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--resume", "first/last.pt"]])
+def test_a_run_that_was_interrupted_or_moved_is_started_anew(more, tiny, monkeypatch):
+    """A signal to one of the workers ends all: torchrun starts them anew."""
+    flags = [*(more or TINY_MLP), "--epochs", 3, "--out", "run"]
+    assert call(*TINY_MLP, "--out", "first") == 0
+    with monkeypatch.context() as patch:
+        halt(patch, 4)
+        assert call(*flags) == 130
+    assert json.loads(Path("run/result.json").read_text())["stopped"] == "interrupted"
+    monkeypatch.setattr(distributed, "restarted", lambda: True)
+    assert call(*flags) == 0
+    assert checkpoints.load("run/last.pt")["epoch"] == 3
+
+
+def test_other_batches_with_another_number_of_processes_are_rejected(tiny, monkeypatch, capsys):
+    """A last batch of 3 images is one of two processes with batch norm only if it joins the one before."""
+    flags = ["--model", "mlp", "--hidden", 8, "--data", "shapes", "--limit", 103, "--batch-size", 50, "--device", "cpu"]
+    assert call(*flags, "--epochs", 1, "--out", "run") == 0
+    content = checkpoints.load("run/last.pt", keys=checkpoints.RESUME_KEYS)
+    assert content["step"] == 3
+    checkpoints.save(content | {"rng": content["rng"] * 2}, "run/last.pt")
+    capsys.readouterr()
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 2
+    assert "with 2 processes its epochs had other batches" in capsys.readouterr().err
+
+
+def test_processes_with_other_images_are_rejected(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "on_local_main", lambda function: function())
+    monkeypatch.setattr(distributed, "all_gather", lambda value: [value, (value[0], value[1] + 1)])
+    with pytest.raises(ValueError, match="data shapes isn't the same in all processes"):
+        build.load_data(arguments.parse(TINY_MLP)[0])
+
+
+def test_what_is_wrong_in_one_process_alone_is_said_there(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(errors.time, "sleep", lambda seconds: None)
+
+    def command():
+        raise ValueError("no teacher here")
+
+    assert errors.exit_status("train.py", command) == 2
+    assert capsys.readouterr().err == "train.py: error: process 1: no teacher here\n"
 
 
 @pytest.mark.slow

@@ -56,6 +56,13 @@ def test_early_stopping_fires_exactly_when_it_should(accuracies, flags, epochs, 
     assert ("no better val_acc" in said and "--sched cosine was not reached" in said) == (epochs < 10)
 
 
+def test_a_cosine_that_climbs_back_has_no_low_end_to_reach(tiny, monkeypatch, capsys):
+    scripted(monkeypatch, [0.4] + [0.3] * 9)
+    assert call(*TINY_MLP, "--epochs", 10, "--t-max", 2, "--warmup-epochs", 0, "--patience", 4, "--out", "run") == 0
+    said = capsys.readouterr().out
+    assert "no better val_acc" in said and "was not reached" not in said
+
+
 def test_poisoned_test_labels_change_no_training(tiny, monkeypatch):
     real = datasets.shapes
     assert call(*TINY_MLP, "--epochs", 3, "--out", "clean") == 0

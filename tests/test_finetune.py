@@ -82,6 +82,18 @@ def test_positions_are_interpolated():
     assert model.resize_positions(state) is state
 
 
+def test_positions_that_cannot_be_resized_stay():
+    with_token, without = vit.ViT(**VIT, pool="cls"), vit.ViT(**VIT, pool="mean")
+    resized = with_token.resize_positions(without.state_dict())["pos_embedding"]
+    assert torch.equal(resized[:, :1], with_token.pos_embedding[:, :1])  # no class token had been trained
+    assert torch.allclose(resized[:, 1:], without.pos_embedding, atol=1e-5)
+    for state in ({}, {"pos_embedding": torch.zeros(3)}, {"pos_embedding": torch.zeros(1, 4, 16)}):
+        assert without.resize_positions(state) is state
+    state = without.state_dict() | {"pos_embedding": torch.zeros(1, 16, 16)}
+    said = finetune.initialise(without, {"state_dict": state, "classes": None}, [])
+    assert "pos_embedding (1, 16, 16) for (1, 64, 32)" in said and "resized" not in said
+
+
 def test_init_from_timm(tiny, capsys):
     torch.save(timm_weights(), "timm.pt")
     assert (

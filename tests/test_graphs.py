@@ -131,6 +131,11 @@ def test_the_difference_is_a_share_of_the_step():
     assert graphs.difference(before, wanted, before) == pytest.approx(1)
     assert graphs.difference(wanted, before, before) == float("inf")  # it went where the step stood still
     assert graphs.difference([torch.full((4,), torch.nan)], wanted, before) == float("inf")
+    start = [torch.randn(1000, generator=torch.Generator().manual_seed(0))]
+    update = 4e-8 * torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    almost = [start[0] + 1.01 * update]  # a hundredth more decides how many of the weights are rounded
+    assert 0 < graphs.difference(almost, [start[0] + update], start) < graphs.TOLERANCE
+    assert graphs.difference(start, [start[0] + 1e-6], start) > graphs.TOLERANCE
 
 
 def test_what_cannot_be_recorded_is_rejected_or_eager(monkeypatch):

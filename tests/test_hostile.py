@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,15 @@ def test_a_resume_knows_its_images_and_labels_again(tiny, capsys):
     one_line(capsys, "classes")
 
 
+def test_a_resume_knows_its_teacher_again(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "teacher") == 0 and call(*TINY_MLP, "--seed", 1, "--out", "other") == 0
+    assert call(*TINY_MLP, "--teacher", "teacher/best.pt", "--out", "run") == 0
+    shutil.copy("other/best.pt", "teacher/best.pt")
+    capsys.readouterr()
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 2
+    one_line(capsys, "teacher")
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--eval", "--teacher", "--init"])
 def test_a_pipe_or_device_in_place_of_a_file_is_one_line(flag, tiny, capsys):
     os.mkfifo("pipe")
@@ -242,6 +252,16 @@ def test_runs_that_were_interrupted_go_on_by_the_same_command(tiny, monkeypatch)
     assert Path("many/seed-0/result.json").read_text() == first
     results = [json.loads(Path(f"{name}/result.json").read_text()) for name in ("straight", "many")]
     assert results[0]["test_acc"] == results[1]["test_acc"] and results[1]["n"] == 3
+
+
+def test_runs_without_out_go_on_too_and_a_finished_one_is_left_alone(tiny, monkeypatch):
+    flags = [*TINY_MLP, "--runs", 2]
+    with monkeypatch.context() as patch:
+        halt(patch, 3)  # inside the second run
+        assert call(*flags) == 130
+    for folders in (1, 2):
+        assert call(*flags) == 0
+        assert len(list(Path("runs").iterdir())) == folders
 
 
 @pytest.mark.parametrize(
@@ -362,6 +382,9 @@ def test_the_environment_of_half_a_group_is_one_line(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(ValueError, match="MASTER_PORT isn't"):
+        distributed.init()
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(ValueError, match="MASTER_ADDR isn't"):  # each would train alone and write the same files
         distributed.init()
 
 

@@ -49,6 +49,15 @@ def test_losses_with_soft_targets_in_pieces_and_at_the_start(expression):
 
 
 @pytest.mark.parametrize("expression", losses.LOSSES)
+@pytest.mark.parametrize("size", [0.1, 10])
+def test_every_gradient_is_that_of_its_loss(expression, size):
+    torch.manual_seed(0)
+    logits = (size * torch.randn(3, 4, dtype=torch.float64)).requires_grad_()
+    loss = losses.parse(expression)
+    assert torch.autograd.gradcheck(lambda x: loss(x, torch.eye(3, 4, dtype=torch.float64)), logits)
+
+
+@pytest.mark.parametrize("expression", losses.LOSSES)
 def test_every_loss_trains(expression):
     torch.manual_seed(0)
     images = torch.randn(200, 8)

@@ -118,6 +118,9 @@ def test_drop_path_keeps_the_mean():
         (dict(pool="max"), ["max", "cls, mean"]),
         (dict(depth=0), ["depth 0"]),
         (dict(dropout=1.0), ["dropout 1.0"]),
+        (dict(image_size=0), ["image_size 0"]),
+        (dict(channels=0), ["channels 0"]),
+        (dict(num_classes=-1), ["num_classes -1"]),
     ],
 )
 def test_vit_refuses_with_numbers(wrong, words):
@@ -137,13 +140,16 @@ def test_vit_refuses_images_of_another_size():
         lambda: cnn_cifar10.CNN(arch="deep"),
         lambda: cnn_cifar10.CNN(widths=(8,) * 6),
         lambda: cnn_cifar10.CNN(widths=(0, 8)),
+        lambda: cnn_cifar10.CNN(widths=()),
+        lambda: cnn_cifar10.CNN(num_classes=0),
+        lambda: mlp_mnist.MLP(image_size=0),
         lambda: vit.ViT(**VIT | dict(heads=5)),
         lambda: mlp_mnist.MLP(hidden=(8, 0)),
         lambda: mlp_mnist.MLP(dropout=math.nan),
     ],
 )
 def test_models_refuse_what_makes_no_network(build):
-    with pytest.raises(ValueError, match=r"^(arch|widths|heads|hidden|dropout) "):
+    with pytest.raises(ValueError, match=r"^(arch|widths|heads|hidden|dropout|channels|image_size) "):
         build()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,65 @@ def test_muon_gives_filters_the_same_update_in_any_order_of_memory():
     for parameter in (filters, last):
         optimizers.muon([{"params": [parameter], "use_muon": True}], lr=0.1).step()
     assert torch.allclose(filters, last, atol=0.002)
+
+
+def muon_of_one(parameter, **options):
+    return optimizers.muon([{"params": [parameter], "use_muon": True}], lr=0.1, **options)
+
+
+def test_muon_goes_on_after_the_memory_format_has_changed():
+    filters = torch.nn.Parameter(torch.randn(6, 4, 3, 3))
+    grads = torch.randn(2, 6, 4, 3, 3)
+    outcomes = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        parameter = torch.nn.Parameter(filters.detach().clone())
+        optimizer = muon_of_one(parameter)
+        for grad in grads:
+            parameter.grad = grad.clone()
+            optimizer.step()
+            parameter.data = parameter.data.to(memory_format=memory_format)
+        outcomes.append(parameter)
+    assert torch.allclose(*outcomes, atol=0.004)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_muon_is_copied_whole(way):
+    torch.manual_seed(0)
+    matrix, bias = torch.nn.Parameter(torch.randn(4, 8)), torch.nn.Parameter(torch.randn(4))
+    optimizer = optimizers.muon([{"params": [matrix], "use_muon": True}, {"params": [bias]}], lr=0.1)
+    grads = {4: torch.randn(4), 32: torch.randn(4, 8)}
+
+    def step(optimizer):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in parameters:
+            p.grad = grads[p.numel()].clone()
+        optimizer.step()
+        return parameters
+
+    step(optimizer)
+    copied = way(optimizer)
+    assert same(step(optimizer), step(copied))
+
+
+def test_muon_trains_a_group_that_is_added_later():
+    matrix, more, bias = (torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 8), (8, 4), (4,)))
+    optimizer = muon_of_one(matrix)
+    optimizer.add_param_group({"params": [more], "use_muon": True})
+    optimizer.add_param_group({"params": [bias]})
+    for p in (matrix, more, bias):
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    assert not any((p == 1).all() for p in (matrix, more, bias))
+
+
+def test_groups_ask_a_model_of_timm_and_reject_what_is_out_of_range():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model.no_weight_decay = lambda: {"1.weight"}
+    decaying, spared = optimizers.parameter_groups(model, weight_decay=0.1)
+    assert len(decaying["params"]) == 1 and len(spared["params"]) == 3
+    for wrong in ({"weight_decay": -1.0}, {"weight_decay": 0.1, "lr": math.nan}):
+        with pytest.raises(ValueError, match=f"^{list(wrong)[-1]} "):
+            optimizers.parameter_groups(model, **wrong)
 
 
 def test_micro_batches_add_up_to_the_batch():

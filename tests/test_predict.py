@@ -65,6 +65,10 @@ def test_runs_are_named_by_what_differs(tmp_path):
     ]
     before = len(list(tmp_path.iterdir()))
     assert named({}, {}) == [f"{before}", f"{before + 1}"]  # the same run twice isn't two seeds
+    for same in (dict(no_test=True), dict(compile=True), dict(minutes=1.0, epochs=1.23)):  # they change no result
+        other = {name: value + 0.1 if name == "epochs" else value for name, value in same.items() if name == "minutes"}
+        other |= {"epochs": 1.24} if "epochs" in same else {}
+        assert named(dict(seed=1, **same), dict(seed=2, **other))[0].endswith("sd of 2 seeds)"), same
     (tmp_path / "0" / "result.json").unlink()  # as while it goes on
     assert next(iter(plot.collect([tmp_path / "0", tmp_path / "1"])[0])) == str(tmp_path / "0")
 
@@ -202,6 +206,10 @@ def test_predict_as_text_crops_inverts_and_hints(trained, tiny, capsys):
     assert "1 of 2 images look dark on light" in capsys.readouterr().err
     assert predict.main(["cnn.pt", "white.png"]) == 0  # of colour models light backgrounds are no surprise
     assert "hint" not in capsys.readouterr().err
+    content = checkpoints.load("mlp.pt")
+    checkpoints.save(content | {"mean": (0.0,), "args": content["args"] | {"mean": (0.0,)}}, "given.pt")
+    assert predict.main(["given.pt", "white.png"]) == 0  # --mean 0 tells nothing of the images
+    assert "hint" not in capsys.readouterr().err
 
 
 def test_predict_names_what_is_no_image_and_reads_the_rest(trained, tiny, capsys):
@@ -211,7 +219,8 @@ def test_predict_names_what_is_no_image_and_reads_the_rest(trained, tiny, capsys
     assert predict.main(["cnn.pt", "images"]) == 2
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 2
-    assert len(said.err.splitlines()) == 1 and "000a.png can't be read as an image" in said.err
+    assert len(said.err.splitlines()) == 2 and "000a.png can't be read as an image" in said.err
+    assert "note: left out: 1 files ('.txt')" in said.err
 
 
 PREDICT_WRONG = [
@@ -249,8 +258,8 @@ def test_confusion_and_shares_are_those_of_a_count_by_hand():
     text = report.as_text(matrix, ["ant", "bee", "cow", "dog"]).splitlines()
     assert text[1].split() == ["ant", "0.6667", "0.6667", "3"] and text[3].split() == ["cow", "-", "-", "0"]
     assert text[-4].split() == ["ant", "2", "1", ".", "."]
-    many = report.as_text(torch.eye(30, dtype=torch.int64) + (torch.arange(900) == 31).view(30, 30), ["x"] * 29 + ["y"])
-    assert "most frequent errors" in many
+    many = report.as_text(torch.eye(30, dtype=torch.int64) + (torch.arange(900) == 32).view(30, 30), ["x"] * 29 + ["y"])
+    assert many.endswith("most frequent errors\n     1  x misclassified as x")  # and no errors that weren't made
 
 
 def test_calibration_error_is_that_of_a_case_by_hand():
@@ -287,6 +296,28 @@ def test_report(trained, tiny, capsys):
     assert "temperature fitted on 14 validation images" in said.out and "report-shapes" in said.err
     sizes = {f.name: Image.open(f).size for f in Path("report-shapes").iterdir()}
     assert sizes == {"confusion.png": (1185, 1065), "mistakes.png": (1350, 1800), "reliability.png": (900, 900)}
+
+
+def test_report_says_that_it_takes_no_tta(trained, tiny, capsys):
+    content = checkpoints.load("cnn.pt")
+    checkpoints.save(content | {"args": content["args"] | {"tta": True}}, "tta.pt")
+    assert predict.main(["tta.pt", "--report", "shapes"]) == 0
+    assert "without TTA" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_report_of_a_pupil_and_of_a_folder_by_another_name(trained, tiny, monkeypatch, capsys):
+    flags = "--model cnn --widths 4 --data shapes --epochs 1 --device cpu".split()
+    assert call(*flags, "--teacher", "cnn.pt", "--out", "pupil") == 0
+    capsys.readouterr()
+    assert predict.main(["pupil/best.pt", "--report", "shapes", "--json"]) == 0
+    assert "temperature" in json.loads(capsys.readouterr().out)
+    write_folder(tiny / "pets", (8, 8), train_count=20)
+    monkeypatch.chdir("pets")
+    assert call("--model", "cnn", "--widths", 4, "--data", ".", "--img-size", 8, "--epochs", 1, "--out", "../run") == 0
+    Image.new("RGB", (8, 8)).save("train/cat/0.png")
+    capsys.readouterr()
+    assert predict.main(["../run/best.pt", "--report", ".", "--json"]) == 0
+    assert "temperature" not in json.loads(capsys.readouterr().out)  # these images may have been trained on
 
 
 def test_report_of_a_perfect_model_has_no_mistakes_to_draw(tmp_path):
@@ -361,6 +392,10 @@ def test_a_wrong_export_is_not_kept(trained, tiny, monkeypatch, capsys):
     monkeypatch.setattr(torch.export, "load", lambda path: Other())
     assert predict.main(["cnn.pt", "--export", "model.pt2"]) == 1
     assert "differs from the model" in capsys.readouterr().err and not Path("model.pt2").exists()
+
+
+def test_an_export_that_gives_nan_differs():
+    assert math.isnan(predict.compare(torch.nn.Flatten(), lambda images: images.flatten(1) * math.nan, (1, 2, 2)))
 
 
 def test_a_spike_makes_the_loss_axis_logarithmic(tmp_path, monkeypatch):

@@ -129,6 +129,7 @@ def test_a_schedule_is_added_by_one_function(monkeypatch, tiny):
         dict(sched="cosinus"), dict(epochs=0), dict(epochs=math.nan), dict(lr=-1.0), dict(warmup_epochs=12),
         dict(min_lr=1.0), dict(gamma=0.0), dict(gamma=2.0), dict(step_size=0), dict(milestones=(5, 3)),
         dict(t_max=-1), dict(t_0=math.inf), dict(t_mult=0), dict(patience_epochs=-1),
+        dict(mode="maximum"),
     ],
 )  # fmt: skip
 def test_schedule_refuses(wrong):

@@ -7,6 +7,7 @@ on; those of the run itself are here.
 """
 
 import argparse
+import json
 import math
 import shlex
 import sys
@@ -51,8 +52,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def split_flags(text: str) -> list[str]:
-    """Flags as a shell splits them. Raises ValueError for a quotation mark without its pair."""
-    return shlex.split(text, comments=True)
+    """Flags as a shell splits them, # begins a comment. Raises ValueError for a quotation mark without its pair."""
+    quote = ""
+    for i, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "\"'":
+            quote = char
+        elif char == "#" and (i == 0 or text[i - 1].isspace()):
+            text = text[:i]
+            break
+    return shlex.split(text)
 
 
 def command() -> str:
@@ -67,6 +77,12 @@ def began(folder: Path) -> bool:
         return False
     with open(log, encoding="utf-8", errors="replace") as file:
         return file.readline() == f"$ {command()}\n"
+
+
+def ended(folder: Path) -> bool:
+    """Does a folder hold the result of a run that wasn't interrupted?"""
+    result = folder / "result.json"
+    return result.exists() and json.loads(result.read_text())["stopped"] != "interrupted"
 
 
 def flag_name(name: str) -> str:
@@ -149,11 +165,10 @@ def parse(argv=None, program="train.py"):
     for name in ("--model", "--resume", "--out", "--init"):
         first.add_argument(name)
     chosen = first.parse_known_args(argv)[0]
-    if distributed.restarted() and chosen.out and not chosen.resume:  # by torchrun, after a failure
+    if distributed.restarted() and chosen.out:  # by torchrun, after a failure
         out = Path(chosen.out)
-        saved, ended = out / "last.pt", out / "result.json"
-        goes_on = distributed.on_main(lambda: saved.exists() and not ended.exists() and began(out))
-        chosen.resume = str(saved) if goes_on else None
+        if distributed.on_main(lambda: began(out) and (out / "last.pt").exists() and not ended(out)):
+            chosen.resume = str(out / "last.pt")
     checkpoint = None
     if chosen.resume:
         checkpoint = distributed.on_main(lambda: checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS))

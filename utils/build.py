@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import augment
 import data
 import optimizers
-from utils import arguments, devices, distributed, models
+from utils import arguments, checkpoints, devices, distributed, models
 from utils.ema import Ema
 
 
@@ -23,6 +23,10 @@ def load_data(args):
         "read_only": bool(args.resume) and "data_dir" not in args.given and args.data_dir != arguments.DATA_DIR,
     }
     dataset = distributed.on_local_main(lambda: data.load(args.data, **where))
+    if distributed.world_size() > 1:  # one of several machines may have fallen back
+        what = dataset.name, checkpoints.fingerprint(*dataset.train, *dataset.test)
+        if any(other != what for other in distributed.all_gather(what)):
+            raise ValueError(f"data {args.data} isn't the same in all processes: give every machine the same files")
     dataset = data.normalised(dataset, args.mean, args.std)
     train_split, val_split = data.split(dataset.train, args.val_split, args.seed)
     if args.limit:

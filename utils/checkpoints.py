@@ -8,7 +8,8 @@
     content = checkpoints.load("best.pt", keys={"state_dict": dict, "epoch": int})
 
 A checkpoint is a dict of tensors and plain Python values. Loading one from a stranger may fail with a ValueError, and
-nothing else: it runs no code, takes no more memory than the file is long, and decides nothing but what it holds.
+nothing else: it runs no code, takes no more memory than the file is long, and decides nothing but what it holds. So
+`load` takes tensors of some types only (DTYPES), contiguous, and weights that are finite numbers.
 """
 
 import contextlib
@@ -244,8 +245,10 @@ def _validate_progress(content, damaged):
 def optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
     """What optimizer.load_state_dict takes, from what state_dict() of one with the same options gave.
 
-    Raises ValueError for what doesn't fit the parameters: torch looks at no shape, and its fused steps would read
-    beyond a tensor that is smaller than its parameter, or in another order if it lies in memory in another one.
+    The options (learning rate, decay ...) stay those of the optimizer at hand. For the optimizers of optimizers.py, of
+    which every parameter has been trained. Raises ValueError for what doesn't fit the parameters: torch looks at no
+    shape, and its fused steps would read beyond a tensor that is smaller than its parameter, or in another order if it
+    lies in memory in another one.
     """
     current = optimizer.state_dict()
     if isinstance(optimizer, torch.optim.LBFGS):  # it has one state for all parameters

@@ -21,7 +21,7 @@ def choose_device(name: str) -> torch.device:
     numbered = index.isascii() and index.isdecimal()
     if kind not in available or (colon and not (numbered and int(index) < getattr(torch, kind).device_count())):
         raise ValueError(f"device {name} is not available (available: {', '.join(available)})")
-    return torch.device(name)
+    return torch.device(kind, int(index)) if colon else torch.device(kind)
 
 
 def choose_precision(amp: str, device: torch.device) -> str:

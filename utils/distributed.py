@@ -25,11 +25,11 @@ def init():
 
     Raises ValueError if the environment names a group by half.
     """
-    names = {"RANK", "WORLD_SIZE", "MASTER_ADDR"}
-    if not names <= os.environ.keys():
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return
-    if "MASTER_PORT" not in os.environ:
-        raise ValueError("RANK, WORLD_SIZE and MASTER_ADDR are set, MASTER_PORT isn't: start with torchrun")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ValueError(f"RANK and WORLD_SIZE are set, {name} isn't: start with torchrun, or unset them")
     backend = "gloo"
     if torch.cuda.is_available() and dist.is_nccl_available():
         backend = "cpu:gloo,cuda:nccl"
@@ -71,9 +71,13 @@ def _agree(store, own_rank, size):
     return word
 
 
+def in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def cleanup(status: int):
     """Leave the group."""
-    if dist.is_initialized():
+    if in_group():
         if status == 1 and "nccl" in dist.get_backend_config():
             sys.stdout.flush()
             sys.stderr.flush()
@@ -86,15 +90,15 @@ def cleanup(status: int):
 
 def restarted() -> bool:
     """Has torchrun started this process anew, after one of the group had failed?"""
-    return dist.is_initialized() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return in_group() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if in_group() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if in_group() else 1
 
 
 def local_rank() -> int:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -76,8 +77,10 @@ def exit_status(program, function, *, flags=str):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        if distributed.rank() == 0:  # all processes see the same mistake
-            complain(program, flags(str(error)))
+        if distributed.rank() > 0:  # most likely all processes see the same mistake
+            time.sleep(3)  # then rank 0 has said so by now, and torchrun ends this process
+            error = f"process {distributed.rank()}: {error}"
+        complain(program, flags(str(error)))
         return 2
     except Failed as error:
         complain(program, flags(str(error)))

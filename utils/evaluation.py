@@ -6,7 +6,7 @@ import torch
 
 import augment
 import losses
-from utils import arguments, checkpoints, devices, distributed, models
+from utils import arguments, checkpoints, devices, distributed, errors, models
 
 
 def batch_size(shape) -> int:
@@ -58,4 +58,4 @@ def test_checkpoint(args):
     model = models.rebuild(checkpoint, args.eval).to(device)
     how = {name: options[name] for name in ("loss", "tta", "flip")}
     loss, acc = evaluate(model, dataset.test, dataset, device, precision, **how)
-    print(test_line(dataset, loss, acc, how["tta"]))
+    errors.show(test_line(dataset, loss, acc, how["tta"]))

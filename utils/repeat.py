@@ -8,11 +8,13 @@ from utils import arguments, build, checkpoints, errors, run_folder
 
 def repeat(args, run_once) -> int:
     """--runs: one run for each seed, in folders of one folder, and their mean and standard deviation."""
-    dataset, _, _ = build.load_data(args)
-    default = Path("runs") / f"{args.model}-{dataset.name}-{args.opt}-{args.sched}-x{args.runs}"
-    unfinished = args.out and next(Path(args.out).glob("seed-*"), None) and not Path(args.out, "result.json").exists()
+    name = build.load_data(args)[0].name
+    default = Path("runs") / f"{args.model}-{name}-{args.opt}-{args.sched}-x{args.runs}"
+    out = args.out
+    if out is None and unfinished(default) and arguments.began(default / f"seed-{args.seed}"):
+        out = str(default)
     results, status = [], 0
-    with run_folder.open_folder(args.out, default, going_on=unfinished) as folder:
+    with run_folder.open_folder(out, default, going_on=out and unfinished(Path(out))) as folder:
         try:
             for seed in range(args.seed, args.seed + args.runs):
                 own = arguments.changed(args, seed=seed, runs=1, out=str(folder.path / f"seed-{seed}"))
@@ -32,6 +34,10 @@ def repeat(args, run_once) -> int:
             origin = {"command": arguments.command(), "commit": run_folder.commit()}
             folder.write_result(summary | same | origin)
     return status
+
+
+def unfinished(folder: Path) -> bool:
+    return any(folder.glob("seed-*")) and not (folder / "result.json").exists()
 
 
 def run_seed(args, run_once):

@@ -81,7 +81,8 @@ def as_text(matrix, classes):
         lines += ["", "most frequent errors"]
         for at in wrong.flatten().argsort(descending=True, stable=True)[:20].tolist():
             row, column = divmod(at, len(classes))
-            lines.append(f"{wrong[row, column]:>6}  {classes[row]} misclassified as {classes[column]}")
+            if wrong[row, column]:
+                lines.append(f"{wrong[row, column]:>6}  {classes[row]} misclassified as {classes[column]}")
         return "\n".join(lines)
     cell = max(4, len(str(matrix.max().item())))
     lines += ["", "confusion: true classes down, predicted classes across"]

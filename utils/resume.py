@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import augment
 from utils import arguments, checkpoints, devices, distributed, models, run_folder
 
 
@@ -40,6 +41,7 @@ def last_content(run, progress) -> dict:
         "scaler": run.scaler.state_dict(),
         "ema": ema,
         "rng": distributed.all_gather(devices.rng_state(run.device)),
+        "teacher": checkpoints.fingerprint(*run.teacher.weights) if run.teacher else 0,
     }
 
 
@@ -57,6 +59,11 @@ def restore(run, progress, checkpoint: dict):
             raise ValueError(f"--epochs {run.args.epochs:g} end by its step {checkpoint['step']}, within an epoch")
         if checkpoint["images"] != run.fingerprint:
             raise ValueError("the training images or labels are not those that it was trained on")
+        if run.teacher and checkpoint.get("teacher") != checkpoints.fingerprint(*run.teacher.weights):
+            raise ValueError(f"--teacher {run.args.teacher} is not the model that it was taught by")
+        least = 2 * len(checkpoint["rng"]) if run.has_batch_norm else 1
+        if len(augment.bounds(len(run.train.labels), run.args.batch_size, least)) != run.steps_per_epoch:
+            raise ValueError(f"with {len(checkpoint['rng'])} processes its epochs had other batches: start as many")
         if run.ema:
             run.ema.load_state_dict({"model": checkpoint["state_dict"], "updates": checkpoint["ema"]["updates"]})
         run.model.load_state_dict(checkpoint["ema"]["trained"] if run.ema else checkpoint["state_dict"])
