@@ -261,6 +261,9 @@ def read_images(paths, size=32) -> Tensor:
     import numpy
     from PIL import Image, ImageDraw, ImageOps
 
+    for path in paths:
+        if not os.path.isfile(path):  # reading a pipe would wait for ever
+            raise ValueError(f"{path} is no file")
     images = [ImageOps.fit(Image.open(path).convert("RGB"), (size, size)) for path in paths]
     if not paths:
         for i in range(8):

@@ -215,7 +215,7 @@ def command(argv):
     if own.runs < 1:
         raise ValueError(f"--runs {own.runs} must be >= 1")
     variants, out = variants_of(own), Path(own.out)
-    if out.exists() and not out.is_dir():
+    if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"--out {out} is no folder: name another one")
     parsed = {}
     for name, flags in variants.items():  # all of them, before anything is run

@@ -34,6 +34,8 @@ TELLING = ("model", "data", "opt", "sched")  # values that say what they are
 def read(run):
     """The rows of a run's metrics.csv as dicts of floats."""
     path = Path(run) / "metrics.csv"
+    if not path.is_file():
+        raise ValueError(f"{path} doesn't exist or is no file: name the folder of a run")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
@@ -46,8 +48,11 @@ def read(run):
 
 def read_result(run):
     """A run's result.json; nothing is known about a run that still goes on."""
+    path = Path(run) / "result.json"
+    if not path.is_file():  # reading a pipe would wait for ever
+        return {"args": {}}
     try:
-        result = json.loads((Path(run) / "result.json").read_text())
+        result = json.loads(path.read_text())
         args = {**result["args"], "data": result["data"]}
         if args.get("minutes"):  # the length was measured: another one for each seed
             args = {name: value for name, value in args.items() if name not in ("epochs", "warmup_epochs")}
@@ -102,7 +107,7 @@ def collect(folders):
         groups.setdefault(name, []).append((folder, result))
     runs, best = {}, {}
     for name, group in groups.items():
-        seeds = {result.get("seed") for _, result in group}
+        seeds = {str(result.get("seed")) for _, result in group}
         if len(group) > 1 and len(seeds) == len(group):
             name = f"{name or group[0][0]} (mean \N{PLUS-MINUS SIGN} sd of {len(group)} seeds)"
             runs[name] = [row for folder, _ in group for row in read(folder)]
@@ -236,7 +241,7 @@ def main():
         runs, best = collect(with_metrics(args.runs))
         draw(runs, args.out, best)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(str(error)[:1000])
     except ImportError:
         parser.exit(1, "plot.py: error: there is no matplotlib: pip install matplotlib\n")
     print(f"wrote {args.out}")

@@ -270,7 +270,7 @@ def main():
         print("epoch,lr")
         for epoch in range(int(args.epochs) + 1):
             print(f"{epoch},{args.lr * multipliers[args.sched[0]](epoch, [0.0] * epoch):.10g}")
-        sys.stdout.flush()
+        print(end="", flush=True)  # sys.stdout may be closed, and None
     except BrokenPipeError:  # ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

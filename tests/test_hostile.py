@@ -27,6 +27,7 @@ from conftest import (
     write_idx,
 )
 
+import augment
 import data as datasets
 import diagnose
 import mlp_mnist
@@ -220,6 +221,30 @@ def test_a_pipe_among_the_images_is_one_line(tiny, capsys):
     os.mkfifo("pets/train/cat/pipe.jpg")
     assert call("--model", "cnn", "--widths", 4, "--data", "pets") == 2
     one_line(capsys, "pipe.jpg")
+
+
+@pytest.mark.parametrize("path", ["pipe", "/dev/zero", "long"])
+def test_flags_are_read_from_files_alone(path, tiny, capsys):
+    os.mkfifo("pipe")
+    Path("long").touch()
+    os.truncate("long", 2**30)
+    Path("more.args").write_text(f"--lr 0.1\n@{path}\n")
+    for name in (path, "more.args"):
+        assert rejected(f"@{name}") == 2
+        one_line(capsys, f"@{path} must be a file of flags")
+
+
+def test_pipes_beside_a_run_are_not_waited_for(tiny, monkeypatch, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    for name in ("last.pt.tmp", "result.json"):
+        Path("run", name).unlink(missing_ok=True)
+        os.mkfifo(Path("run", name))
+    capsys.readouterr()
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 1
+    one_line(capsys, "run/last.pt.tmp is in the way")
+    assert plot.read_result("run") == {"args": {}}
+    with pytest.raises(ValueError, match="is no file"):
+        augment.read_images([Path("run", "result.json")])
 
 
 @pytest.mark.parametrize("flag", ["--eval", "--resume", "--teacher", "--init", "--out", "--data"])

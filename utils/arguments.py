@@ -9,6 +9,7 @@ on; those of the run itself are here.
 import argparse
 import json
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from utils import checkpoints, distributed, errors
 from utils.models import MODELS, read_init, rebuild
 
 DATA_DIR = "data"
+LONGEST_FILE = 100_000  # bytes of flags
 # A resumed run may be prolonged and moved. Changing anything else would make the run irreproducible.
 MAY_CHANGE = {
     "resume", "epochs", "patience", "device", "compile", "cuda_graph", "out", "data_dir", "log_interval", "save_every",
@@ -38,14 +40,24 @@ class Parser(argparse.ArgumentParser):
         )
 
     def convert_arg_line_to_args(self, line):
-        return split_flags(line)
+        words = split_flags(line)
+        self.check_words(words)
+        return words
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
-        for word in args:
-            if word.startswith("--") and word.endswith("=--"):  # argparse would make an empty list of it
-                self.error(f"argument {word[:-3]}: -- is no value")
+        self.check_words(args)
         return super().parse_known_args(args, namespace)
+
+    def check_words(self, words):
+        """Reject what argparse would misunderstand, or wait for without end."""
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):  # it would make an empty list of it
+                self.error(f"argument {word[:-3]}: -- is no value")
+            path = word[1:]
+            if word.startswith("@") and os.path.exists(path):
+                if not os.path.isfile(path) or os.path.getsize(path) > LONGEST_FILE:
+                    self.error(f"{word} must be a file of flags, of at most {LONGEST_FILE:,} bytes")
 
     def error(self, message):
         super().error(errors.one_line(message))
@@ -82,7 +94,7 @@ def began(folder: Path) -> bool:
 def ended(folder: Path) -> bool:
     """Does a folder hold the result of a run that wasn't interrupted?"""
     result = folder / "result.json"
-    return result.exists() and json.loads(result.read_text())["stopped"] != "interrupted"
+    return result.is_file() and json.loads(result.read_text())["stopped"] != "interrupted"
 
 
 def flag_name(name: str) -> str:

@@ -48,7 +48,7 @@ def run_seed(args, run_once):
     checkpoint = result = None
     if (folder / "last.pt").exists():
         checkpoint = checkpoints.load(folder / "last.pt", keys=checkpoints.RESUME_KEYS)
-    if (folder / "result.json").exists():  # without a last.pt, too: of a run that diverged in its first epoch
+    if (folder / "result.json").is_file():  # without a last.pt, too: of a run that diverged in its first epoch
         result = json.loads((folder / "result.json").read_text())
     if checkpoint or result:
         saved = checkpoint["args"] if checkpoint else result["args"]
