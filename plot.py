@@ -240,11 +240,11 @@ def main():
     try:
         runs, best = collect(with_metrics(args.runs))
         draw(runs, args.out, best)
+        print(f"wrote {args.out}", flush=True)
     except (ValueError, OSError) as error:
         parser.error(str(error)[:1000])
     except ImportError:
         parser.exit(1, "plot.py: error: there is no matplotlib: pip install matplotlib\n")
-    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -273,6 +273,8 @@ def main():
         print(end="", flush=True)  # sys.stdout may be closed, and None
     except BrokenPipeError:  # ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # ... > a full disk
+        parser.error(f"standard output can't be written ({error})")
 
 
 def plot(multipliers, lr, epochs, path):
