@@ -307,7 +307,7 @@ def main():
     for name in ("crop_pad", "flip", "reprob", "mixup", "cutmix"):
         value = getattr(args, name)
         if not 0 <= value <= (1 if name == "reprob" else 1e9):
-            parser.error(f"--{name.replace('_', '-')} {value} must be >= 0{' and <= 1' * (name == 'reprob')}")
+            parser.error(f"--{name.replace('_', '-')} {value} must be from 0 to {1 if name == 'reprob' else '1e9'}")
         if value:
             options["erase" if name == "reprob" else name] = value
     try:

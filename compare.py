@@ -81,7 +81,7 @@ def variants_of(own):
         raise ValueError("there is nothing to compare: give --vary FLAG=A,B, or two or more --case")
     count = len(own.case) + (math.prod(len(values) for values in grid) if grid else 0)
     if len({folder_name(name).lower() for name in variants}) < count:
-        raise ValueError("two variants would share a folder: every name needs other letters of a-z, 0-9")
+        raise ValueError("two variants would share a folder: their names must differ in more than case and punctuation")
     return variants
 
 

@@ -347,8 +347,9 @@ def _images_by_class(folder, classes, others):
     paths = []
     labels = []
     for entry in _entries(folder):
-        if not entry.is_dir():
+        if entry.is_file():
             others.append(entry.path)
+        if not entry.is_dir():
             continue
         if entry.name not in classes:
             raise ValueError(f"{entry.path} is a class that {folder.parent / 'train'} lacks, which names all classes")
@@ -372,14 +373,14 @@ def images_below(folder, others: list):
             yield entry.path
         elif entry.is_dir(follow_symlinks=False):  # a link may lead back up
             yield from images_below(entry.path, others)
-        else:
+        elif entry.is_file():
             others.append(entry.path)
 
 
 def left_out(others: list) -> str:
     """A line on files that were left out."""
     kinds = ", ".join(sorted({ascii(Path(path).suffix)[:20] for path in others})[:5])
-    return f"left out: {len(others):,} files ({kinds}) that don't end in .jpg, .png or the like"
+    return f"files left out: {len(others):,} ({kinds}), they don't end in .jpg, .png or the like"
 
 
 def _entries(folder):

@@ -242,7 +242,7 @@ def main():
         draw(runs, args.out, best)
         print(f"wrote {args.out}", flush=True)
     except (ValueError, OSError) as error:
-        parser.error(str(error)[:1000])
+        parser.error(" ".join(str(error).split())[:1000])
     except ImportError:
         parser.exit(1, "plot.py: error: there is no matplotlib: pip install matplotlib\n")
 

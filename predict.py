@@ -207,7 +207,7 @@ def print_predictions(paths, probabilities, classes, top, as_json):
 def held_out(checkpoint, dataset):
     """The images of a dataset that the run held out, or would have; None if that can't be told."""
     run = checkpoint["args"]
-    same_set = Path(run.get("data") or "").resolve().name == dataset.name
+    same_set = Path(run.get("data") or "/").resolve().name == dataset.name
     if same_set and "images" in checkpoint and checkpoint["images"] != checkpoints.fingerprint(*dataset.train):
         return None  # they have changed since: another split would hold out what was trained on
     try:

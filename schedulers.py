@@ -83,8 +83,7 @@ def onecycle(t, *, length):
     """OneCycleLR(max_lr=lr, total_steps=length + 1), momentum left alone, arXiv:1708.07120.
 
     Stepped per epoch, torch's class counts values, not the intervals between them: `length` epochs have length + 1
-    boundaries. Up along a cosine from lr / 25 until epoch 0.3 * (length + 1) - 1, then down to
-    lr / 250,000.
+    boundaries. Up along a cosine from lr / 25 until epoch 0.3 * (length + 1) - 1, then down to lr / 250,000.
     """
     peak = 0.3 * (length + 1) - 1
     if t < peak:

@@ -288,7 +288,7 @@ class ViT(nn.Module):
         patches = rearrange(grid, "1 d h w -> 1 (h w) d")
         kept = old[:, :0]
         if self.cls_token is not None:
-            kept = old[:, :1] if rest else self.pos_embedding[:, :1].detach().cpu()
+            kept = old[:, :1] if rest else self.pos_embedding[:, :1].detach().to(patches)
         return {**state, "pos_embedding": torch.cat([kept, patches], dim=1)}
 
 

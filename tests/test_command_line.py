@@ -45,6 +45,12 @@ WRONG = [
 def test_flags_are_split_as_by_a_shell():
     text = """--data imgs#2 --case "#1: --lr 1"  --out 'a # b' # a comment, isn't it?"""
     assert arguments.split_flags(text) == ["--data", "imgs#2", "--case", "#1: --lr 1", "--out", "a # b"]
+    assert arguments.split_flags(r"""--case "a \" b # c" --out it\'s # don't""") == [
+        "--case",
+        'a " b # c',
+        "--out",
+        "it's",
+    ]
     assert arguments.split_flags("# all of it") == arguments.split_flags("\t#") == []
 
 

@@ -336,7 +336,7 @@ def test_files_that_are_no_images_are_counted(tmp_path):
     for name in ("train/cat/photo.HEIC", "train/notes.txt", "test/dog/\x1b[31m.x\ny", "test/dog/.hidden"):
         (root / name).touch()
     note = data.load(root, tmp_path).note.strip()
-    assert note.count("\n") == 0 and "3 files ('.HEIC', '.txt', '.x\\ny')" in note
+    assert note.count("\n") == 0 and "files left out: 3 ('.HEIC', '.txt', '.x\\ny')" in note
 
 
 def test_one_class_is_a_folder_too_many(tiny, capsys):

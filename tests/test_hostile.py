@@ -279,14 +279,15 @@ def test_runs_that_were_interrupted_go_on_by_the_same_command(tiny, monkeypatch)
     assert results[0]["test_acc"] == results[1]["test_acc"] and results[1]["n"] == 3
 
 
-def test_runs_without_out_go_on_too_and_a_finished_one_is_left_alone(tiny, monkeypatch):
+def test_runs_without_out_say_how_they_go_on(tiny, monkeypatch, capsys):
     flags = [*TINY_MLP, "--runs", 2]
     with monkeypatch.context() as patch:
         halt(patch, 3)  # inside the second run
         assert call(*flags) == 130
-    for folders in (1, 2):
-        assert call(*flags) == 0
-        assert len(list(Path("runs").iterdir())) == folders
+    out = "runs/mlp-shapes-adamw-cosine-x2"
+    assert f"interrupted: with --out {out} the same command goes on from here" in capsys.readouterr().out
+    assert call(*flags, "--out", out) == 0
+    assert "seed-0 is finished" in capsys.readouterr().out and Path(out, "result.json").exists()
 
 
 @pytest.mark.parametrize(

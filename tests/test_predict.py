@@ -220,7 +220,7 @@ def test_predict_names_what_is_no_image_and_reads_the_rest(trained, tiny, capsys
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 2
     assert len(said.err.splitlines()) == 2 and "000a.png can't be read as an image" in said.err
-    assert "note: left out: 1 files ('.txt')" in said.err
+    assert "note: files left out: 1 ('.txt')" in said.err
 
 
 PREDICT_WRONG = [

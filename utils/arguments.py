@@ -65,9 +65,11 @@ class Parser(argparse.ArgumentParser):
 
 def split_flags(text: str) -> list[str]:
     """Flags as a shell splits them, # begins a comment. Raises ValueError for a quotation mark without its pair."""
-    quote = ""
+    quote, escaped = "", False
     for i, char in enumerate(text):
-        if quote:
+        if escaped or (char == "\\" and quote != "'"):
+            escaped = not escaped
+        elif quote:
             quote = "" if char == quote else quote
         elif char in "\"'":
             quote = char
@@ -92,9 +94,11 @@ def began(folder: Path) -> bool:
 
 
 def ended(folder: Path) -> bool:
-    """Does a folder hold the result of a run that wasn't interrupted?"""
-    result = folder / "result.json"
-    return result.is_file() and json.loads(result.read_text())["stopped"] != "interrupted"
+    """Does a folder hold the whole result of a run that wasn't interrupted?"""
+    try:
+        return json.loads((folder / "result.json").read_text())["stopped"] != "interrupted"
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def flag_name(name: str) -> str:

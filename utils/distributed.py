@@ -23,7 +23,7 @@ TIME_LIMIT = timedelta(minutes=10)  # for what one process waits for the others;
 def init():
     """Form the group with the other processes that torchrun started. Only rank 0 prints from here on.
 
-    Raises ValueError if the environment names a group by half.
+    RANK and WORLD_SIZE in the environment tell that there is one. Raises ValueError if the rest of it isn't there.
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return

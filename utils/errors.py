@@ -79,8 +79,8 @@ def exit_status(program, function, *, flags=str):
     except (ValueError, OSError) as error:
         if distributed.rank() > 0:  # most likely all processes see the same mistake
             time.sleep(3)  # then rank 0 has said so by now, and torchrun ends this process
-            error = f"process {distributed.rank()}: {error}"
-        complain(program, flags(str(error)))
+        process = f"process {distributed.rank()}: " if distributed.rank() > 0 else ""
+        complain(program, process + flags(str(error)))
         return 2
     except Failed as error:
         complain(program, flags(str(error)))

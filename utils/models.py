@@ -104,7 +104,7 @@ def load_teacher(path, dataset, device, precision):
             logits = model(images * scale + shift)
         return logits.float()
 
-    teacher.weights = list(model.state_dict().values())  # by which a resumed run knows it again
+    teacher.fingerprint = checkpoints.fingerprint(*model.state_dict().values())  # a resumed run knows it again by this
     return teacher
 
 

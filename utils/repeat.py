@@ -10,11 +10,9 @@ def repeat(args, run_once) -> int:
     """--runs: one run for each seed, in folders of one folder, and their mean and standard deviation."""
     name = build.load_data(args)[0].name
     default = Path("runs") / f"{args.model}-{name}-{args.opt}-{args.sched}-x{args.runs}"
-    out = args.out
-    if out is None and unfinished(default) and arguments.began(default / f"seed-{args.seed}"):
-        out = str(default)
+    unfinished = args.out and next(Path(args.out).glob("seed-*"), None) and not Path(args.out, "result.json").exists()
     results, status = [], 0
-    with run_folder.open_folder(out, default, going_on=out and unfinished(Path(out))) as folder:
+    with run_folder.open_folder(args.out, default, going_on=unfinished) as folder:
         try:
             for seed in range(args.seed, args.seed + args.runs):
                 own = arguments.changed(args, seed=seed, runs=1, out=str(folder.path / f"seed-{seed}"))
@@ -27,17 +25,15 @@ def repeat(args, run_once) -> int:
         finally:
             if not results:
                 folder.remove_if_unused()
-        if len(results) > 1 and status < 128:  # else the same command goes on from here
+        if status > 128:
+            run_folder.print_line(f"interrupted: with --out {folder.path} the same command goes on from here")
+        elif len(results) > 1:
             text, summary = run_folder.over_seeds(results)
             folder.log(text)
             same = {"args": arguments.plain(args) | {"data": results[0]["args"]["data"]}}
             origin = {"command": arguments.command(), "commit": run_folder.commit()}
             folder.write_result(summary | same | origin)
     return status
-
-
-def unfinished(folder: Path) -> bool:
-    return any(folder.glob("seed-*")) and not (folder / "result.json").exists()
 
 
 def run_seed(args, run_once):

@@ -41,7 +41,7 @@ def last_content(run, progress) -> dict:
         "scaler": run.scaler.state_dict(),
         "ema": ema,
         "rng": distributed.all_gather(devices.rng_state(run.device)),
-        "teacher": checkpoints.fingerprint(*run.teacher.weights) if run.teacher else 0,
+        "teacher": run.teacher.fingerprint if run.teacher else 0,
     }
 
 
@@ -59,7 +59,7 @@ def restore(run, progress, checkpoint: dict):
             raise ValueError(f"--epochs {run.args.epochs:g} end by its step {checkpoint['step']}, within an epoch")
         if checkpoint["images"] != run.fingerprint:
             raise ValueError("the training images or labels are not those that it was trained on")
-        if run.teacher and checkpoint.get("teacher") != checkpoints.fingerprint(*run.teacher.weights):
+        if run.teacher and checkpoint.get("teacher") != run.teacher.fingerprint:
             raise ValueError(f"--teacher {run.args.teacher} is not the model that it was taught by")
         least = 2 * len(checkpoint["rng"]) if run.has_batch_norm else 1
         if len(augment.bounds(len(run.train.labels), run.args.batch_size, least)) != run.steps_per_epoch:
