@@ -303,6 +303,7 @@ def test_a_plot_that_fails_costs_a_line_and_not_the_run(error, tiny, monkeypatch
     assert json.loads(Path("run/result.json").read_text())["test_acc"] is not None
 
 
+@pytest.mark.slow
 def test_a_terminal_that_goes_away_does_not_end_training(tmp_path):
     command = [sys.executable, HERE / "train.py", *TINY_MLP, "--epochs", "3", "--out", "run"]
     env = os.environ | dict(OMP_NUM_THREADS="1")

@@ -118,6 +118,7 @@ def test_minutes(tiny, monkeypatch, capsys):
     assert same(dict(weights("timed/last.pt")), dict(weights("replay/last.pt")))
 
 
+@pytest.mark.slow
 def test_sigterm_saves(tmp_path):
     command = [sys.executable, HERE / "train.py", *TINY_MLP, "--epochs", "500", "--out", "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
