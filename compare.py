@@ -103,7 +103,10 @@ def run_one(name, args):
 
     def work():
         nonlocal result
-        result, status = repeat.run_seed(args, train.run_once)
+        found, status = repeat.run_seed(args, train.run_once)
+        if not status:
+            found["train_acc"] = plot.read(args.out)[-1]["train_acc"]
+        result = found
         return status
 
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -230,16 +233,18 @@ def command(argv):
                 raise ValueError(f"{name}: there is nothing to rank by with --val-split 0: hold some images out")
             parsed[name].append(args)
 
-    results, failures, status = run_all(variants, parsed)
+    with run_folder.locked(out):
+        results, failures, status = run_all(variants, parsed)
     if status:
         return status
-    for runs in results.values():
-        for result in runs:
-            result["train_acc"] = plot.read(result["folder"])[-1]["train_acc"]
     rows = rank(results, failures, variants)
     for place, row in enumerate(rows):
         if row["n"] and (own.test == "all" or (own.test == "winner" and place == 0)):
-            row["test_acc"], row["test_acc_std"] = mean_and_std([test(result) for result in results[row["name"]]])
+            try:
+                row["test_acc"], row["test_acc_std"] = mean_and_std([test(result) for result in results[row["name"]]])
+            except ValueError as error:  # such as a best.pt that isn't there any more
+                errors.complain("compare.py", error)
+                failures[row["name"]] += 1
 
     one = next((runs[0] for runs in results.values() if runs), {})
     names = sorted({result["data"] for runs in results.values() for result in runs})
@@ -261,7 +266,6 @@ def command(argv):
         "seeds": list(range(own.seed, own.seed + own.runs)),
         "variants": rows,
     }
-    out.mkdir(parents=True, exist_ok=True)  # where every variant was rejected, no run has made it
     checkpoints.write((json.dumps(content, indent=1) + "\n").encode(), out / "compare.json")
     checkpoints.write(("\n".join([f"`{arguments.command()}`", "", *lines]) + "\n").encode(), out / "compare.md")
     errors.show("\n".join(["", *lines]))

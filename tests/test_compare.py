@@ -9,7 +9,7 @@ from conftest import TINY_MLP, halt
 import compare
 import plot
 import train
-from utils import checkpoints, evaluation
+from utils import checkpoints, evaluation, run_folder
 
 BASE = [*TINY_MLP, "--val-split", "0.3"]
 
@@ -116,6 +116,28 @@ def test_wrong_comparisons_are_one_line_before_anything_runs(wrong, tiny, capsys
     assert compared(*BASE, *wrong, "--out", "c") == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1 and "compare.py: error: " in said and not Path("c").exists()
+
+
+def test_a_lost_file_costs_its_run_and_not_the_table(tiny, capsys):
+    flags = [*BASE, "--vary", "lr=0.1,0.001", "--runs", "2", "--out", "c"]
+    assert compared(*flags) == 0
+    names = [row["name"] for row in json.loads(Path("c/compare.json").read_text())["variants"]]
+    winner, other = (Path("c", name.replace(" ", "-")) for name in names)
+    (winner / "seed-0" / "best.pt").unlink()
+    (other / "seed-1" / "metrics.csv").unlink()
+    capsys.readouterr()
+    assert compared(*flags) == 1
+    said = capsys.readouterr().err
+    assert "best.pt doesn't exist" in said and "metrics.csv doesn't exist" in said and len(said.splitlines()) == 2
+    rows = json.loads(Path("c/compare.json").read_text())["variants"]
+    assert [row["n"] for row in rows] == [2, 1] and "test_acc" not in rows[0]
+
+
+def test_two_comparisons_share_no_folder(tiny, capsys):
+    with run_folder.locked(Path("c")):
+        assert compared(*BASE, "--vary", "lr=0.1,0.001", "--out", "c") == 2
+    assert "c is being written by a command that is alive" in capsys.readouterr().err
+    assert not list(Path("c").iterdir())
 
 
 def test_a_folder_with_other_runs_is_rejected(tiny, monkeypatch, capsys):

@@ -190,6 +190,20 @@ def holds_run(path: Path) -> bool:
     return any((path / name).exists() for name in RUN_FILES) or any(path.glob("seed-*"))
 
 
+@contextlib.contextmanager
+def locked(path: Path):
+    """Create a folder of runs, and hold its lock. Raises ValueError if another process has it."""
+    path.mkdir(parents=True, exist_ok=True)
+    held = os.open(path, os.O_RDONLY) if os.name == "posix" else None
+    try:
+        if held is not None and not lock(held):
+            raise ValueError(f"--out {path} is being written by a command that is alive: name another folder")
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
 def lock(folder: int) -> bool:
     """Lock an open folder for this process; False if another one has it."""
     import fcntl  # which Windows lacks, where no folder is opened
