@@ -248,7 +248,8 @@ def command(argv):
 
     one = next((runs[0] for runs in results.values() if runs), {})
     names = sorted({result["data"] for runs in results.values() for result in runs})
-    lines = [*table(rows), "", TEST_NOTE[own.test]]
+    tested = any("test_acc" in row for row in rows)
+    lines = [*table(rows), "", TEST_NOTE[own.test if tested else "none"]]
     if one:
         lines.append(f"Trained on {', '.join(names)}; {one['device']}; {one['amp']}.")
     plotted, note = draw(rows, results, out / "compare.png")

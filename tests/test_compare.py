@@ -131,6 +131,7 @@ def test_a_lost_file_costs_its_run_and_not_the_table(tiny, capsys):
     assert "best.pt doesn't exist" in said and "metrics.csv doesn't exist" in said and len(said.splitlines()) == 2
     rows = json.loads(Path("c/compare.json").read_text())["variants"]
     assert [row["n"] for row in rows] == [2, 1] and "test_acc" not in rows[0]
+    assert "The test set was not read." in Path("c/compare.md").read_text()
 
 
 def test_two_comparisons_share_no_folder(tiny, capsys):
