@@ -77,10 +77,11 @@ def exit_status(program, function, *, flags=str):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
+        said = flags(str(error))
         if distributed.rank() > 0:  # most likely all processes see the same mistake
             time.sleep(3)  # then rank 0 has said so by now, and torchrun ends this process
-        process = f"process {distributed.rank()}: " if distributed.rank() > 0 else ""
-        complain(program, process + flags(str(error)))
+            said = f"process {distributed.rank()}: {said}"
+        complain(program, said)
         return 2
     except Failed as error:
         complain(program, flags(str(error)))
