@@ -27,7 +27,7 @@ def initialise(model: torch.nn.Module, start: dict, classes: list) -> str:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     resized = model.resize_positions(state) if hasattr(model, "resize_positions") else state
     said = load_matching(model, resized)
-    if resized is not state and resized["pos_embedding"].shape == model.pos_embedding.shape:
+    if resized is not state:
         old, new = tuple(state["pos_embedding"].shape), tuple(resized["pos_embedding"].shape)
         said += f"; positions resized from {old} to {new}"
     return said
