@@ -135,8 +135,9 @@ def crop_and_flip(images: Tensor, crop_pad: int, flipped: Tensor | None, generat
 def distort(images: Tensor, max_shift: int, flipped: Tensor | None, generator: Generator) -> Tensor:
     """Rotate, shear, scale and translate every image by random amounts, and flip some: one interpolation for all.
 
-    uint8 (b, channels, size, size) -> float32, 0..255. `max_shift` is in pixels, `flipped` as above. Images of one
-    channel, such as digits, get elastic jitter besides, those of three get another brightness, contrast and saturation.
+    uint8 (b, channels, size, size) -> float32, 0..255. `max_shift` is in pixels, `flipped` as in crop_and_flip. Images
+    of one channel, such as digits, get elastic jitter besides, those of three another brightness, contrast and
+    saturation.
     """
     b, channels, height, size = images.shape
     if height != size:
@@ -264,7 +265,12 @@ def read_images(paths, size=32) -> Tensor:
     for path in paths:
         if not os.path.isfile(path):  # reading a pipe would wait for ever
             raise ValueError(f"{path} is no file")
-    images = [ImageOps.fit(Image.open(path).convert("RGB"), (size, size)) for path in paths]
+    images = []
+    for path in paths:
+        try:
+            images.append(ImageOps.fit(Image.open(path).convert("RGB"), (size, size)))
+        except Exception as error:  # Pillow has many
+            raise ValueError(f"{path} can't be read as an image ({error})") from error
     if not paths:
         for i in range(8):
             image = Image.new("RGB", (size, size), f"hsl({45 * i}, 50%, 30%)")
@@ -312,7 +318,7 @@ def main():
             options["erase" if name == "reprob" else name] = value
     try:
         show(read_images(args.images), args.show, **options)
-    except (ValueError, OSError) as error:  # Pillow raises both
+    except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     print(f"wrote {args.show}")
 

@@ -30,10 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-import diagnose
 import optimizers
 import train
-from utils import arguments, build, devices, errors, evaluation, graphs, run_folder
+from utils import arguments, budget, build, checkpoints, devices, errors, evaluation, graphs, run_folder
 
 MODELS = {
     "mlp": "--model mlp --hidden 256,128,64 --no-batch-norm --batch-size 64",
@@ -48,7 +47,7 @@ class Images(Dataset):
     """Images one by one, as tutorials load them."""
 
     def __init__(self, run):
-        self.images, self.labels = run.train.images.cpu(), run.train.labels.tolist()
+        self.images, self.labels = run.train_set.images.cpu(), run.train_set.labels.tolist()
         size, steps = self.images.shape[-1], [transforms.ToPILImage()]
         if run.args.crop_pad:
             steps.append(transforms.RandomCrop(size, padding=run.args.crop_pad, padding_mode="reflect"))
@@ -96,25 +95,20 @@ def ours(run, cached):
     take_step = graphs.recorded(train.train_step, run, print)
     yield run.model
 
-    batches = diagnose.training_batches(run)
-    for step, batch in enumerate(itertools.repeat(next(batches)) if cached else batches):
-        take_step(run, *batch, seed=step)
+    batches = build.training_batches(run, 0)
+    if cached:
+        batches = itertools.repeat(next(batches))
+    for batch in batches:
+        take_step(run, *batch)
         yield len(batch[1])
 
 
-def clock(device):
-    """Seconds, when the device has done all that it was told."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
-def speed(steps, seconds, device):
+def speed(steps, seconds):
     """Images per second of a generator of steps, run for about that long, and for a step at least."""
-    start, images = clock(device), 0
+    start, images = budget.now(), 0
     while images == 0 or time.perf_counter() - start < seconds:
         images += next(steps)
-    return images / (clock(device) - start)
+    return images / (budget.now() - start)
 
 
 def gemm_peak(device, precision):
@@ -123,9 +117,9 @@ def gemm_peak(device, precision):
     a = torch.randn(n, n, device=device, dtype=devices.PRECISIONS[precision])
     b = torch.randn(n, n, device=device, dtype=devices.PRECISIONS[precision])
     for _ in range(10):
-        start = clock(device)
+        start = budget.now()
         a @ b
-        best = max(best, 2 * n**3 / (clock(device) - start))
+        best = max(best, 2 * n**3 / (budget.now() - start))
     return best
 
 
@@ -155,12 +149,12 @@ def measure(flags, turns, seconds):
             next(steps)
     for _ in range(turns):
         for name, steps in variants.items():
-            speeds[name].append(speed(steps, seconds, run.device))
+            speeds[name].append(speed(steps, seconds))
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     for steps in variants.values():
         steps.close()
     with FlopCounterMode(display=False) as counter:
-        run.model(torch.randn(1, *run.train.images.shape[1:], device=run.device))
+        run.model(torch.randn(1, *run.train_set.images.shape[1:], device=run.device))
     flops = 3 * counter.get_total_flops()  # the backward pass takes about twice the forward's
 
     def speed_up(other):
@@ -192,28 +186,31 @@ def until(accuracy, data_flags):
         precision = run.precision if workers is None else "fp32"
         model, seconds, epoch, acc = next(steps), 0.0, 0, 0.0
         while acc < accuracy and epoch < 60:
-            start = clock(run.device)
-            for _ in range(math.ceil(len(run.train.labels) / run.args.batch_size)):
+            start = budget.now()
+            for _ in range(math.ceil(len(run.train_set.labels) / run.args.batch_size)):
                 next(steps)
-            seconds += clock(run.device) - start
-            _, acc = evaluation.evaluate(model, run.val, run.dataset, run.device, precision)
+            seconds += budget.now() - start
+            _, acc = evaluation.evaluate(model, run.val_set, run.dataset, run.device, precision)
             model.train()
             epoch += 1
         steps.close()
         results[name] = {"data": run.dataset.name, "epochs": epoch, "seconds": seconds, "val_acc": acc}
         after = f"val acc {acc:.4f} after {epoch} epochs, {seconds:.1f} s of training"
-        print(f"{name:22}  {run.dataset.name}: {after}", flush=True)
+        run_folder.print_line(f"{name:22}  {run.dataset.name}: {after}")
     return results
 
 
 def report(name, one):
-    print(f"{name} on {one['data']}, {one['precision']}")
+    lines = [f"{name} on {one['data']}, {one['precision']}"]
     for variant, value in one["images_per_second"].items():
-        print(f"  {variant:22} {value:10,.0f} images/s")
-    print(f"  speed-up over the DataLoader baseline {one['b_over_a']:.1f}, {one['b_over_c']:.2f} of one cached batch")
+        lines.append(f"  {variant:22} {value:10,.0f} images/s")
+    lines.append(
+        f"  speed-up over the DataLoader baseline {one['b_over_a']:.1f}, {one['b_over_c']:.2f} of one cached batch"
+    )
     share = one["flops_per_second"] / one["matrix_flops_per_second"]
-    print(f"  {one['flops_per_second'] / 1e9:,.1f} GFLOP/s, {share:.0%} of GEMM peak", end="; ")
-    print(f"peak memory so far {one['peak_memory_mb']:,.0f} MB", flush=True)
+    arithmetic = f"{one['flops_per_second'] / 1e9:,.1f} GFLOP/s, {share:.0%} of GEMM peak"
+    lines.append(f"  {arithmetic}; peak memory so far {one['peak_memory_mb']:,.0f} MB")
+    run_folder.print_line("\n".join(lines))
 
 
 def make_parser():
@@ -255,8 +252,8 @@ def command(argv):
             result[name] = measure([*MODELS[name].split(), *own], args.turns, args.seconds)
             report(name, result[name])
     if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {args.out}")
+        checkpoints.write((json.dumps(result, indent=1) + "\n").encode(), args.out)
+        run_folder.print_line(f"wrote {args.out}")
 
 
 def main(argv=None):

@@ -15,7 +15,6 @@ It ends with a table, compare.json, compare.md and compare.png. The test set sta
 import contextlib
 import itertools
 import json
-import math
 import os
 import re
 import signal
@@ -29,7 +28,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import plot
 import train
-from utils import arguments, checkpoints, devices, errors, evaluation, models, repeat, run_folder
+from utils import arguments, checkpoints, errors, evaluation, models, repeat, run_folder
 
 TEST_NOTE = {
     "winner": "The test set was read for the winner by validation alone.",
@@ -56,7 +55,7 @@ def make_parser():
 
 def variants_of(own):
     """The variants as name -> flags. Raises ValueError for what can't be understood."""
-    variants = {}
+    variants = []  # (name, flags)
     grid = []
     actions = itertools.chain(*(arguments.make_parser(model, "compare.py")._actions for model in models.MODELS))
     switches = {flag for action in actions if action.nargs == 0 for flag in action.option_strings}
@@ -71,18 +70,17 @@ def variants_of(own):
             for name, value in chosen:
                 words.append(f"{name.replace('-', ' ')} {value}")
                 flags += flags_of(name, value, switches)
-            variants[", ".join(words)] = flags
+            variants.append((", ".join(words), flags))
     for text in own.case:
         name, colon, flags = text.partition(":")
         if not colon or not name.strip():
             raise ValueError(f'--case {text} must be a name and its flags, as in --case "adam: --opt adam"')
-        variants[name.strip()] = arguments.split_flags(flags)
+        variants.append((name.strip(), arguments.split_flags(flags)))
     if len(variants) < 2:
         raise ValueError("there is nothing to compare: give --vary FLAG=A,B, or two or more --case")
-    count = len(own.case) + (math.prod(len(values) for values in grid) if grid else 0)
-    if len({folder_name(name).lower() for name in variants}) < count:
+    if len({folder_name(name).lower() for name, _ in variants}) < len(variants):
         raise ValueError("two variants would share a folder: their names must differ in more than case and punctuation")
-    return variants
+    return dict(variants)
 
 
 def flags_of(name, value, switches):
@@ -120,14 +118,14 @@ def run_all(variants, parsed):
     total, done, spent = sum(len(runs) for runs in parsed.values()), 0, []
     for name, runs in parsed.items():
         for args in runs:
-            start = time.perf_counter()
+            start, finished_before = time.perf_counter(), arguments.ended(Path(args.out))
             result, status = run_one(name, args)
             done += 1
             if status > 128:
-                print("interrupted: the same command goes on from here", flush=True)
+                run_folder.print_line("interrupted: the same command goes on from here")
                 return results, failures, status
             seconds = time.perf_counter() - start
-            if seconds > 0.5:  # what was finished before tells nothing of the time that is left
+            if not finished_before:
                 spent.append(seconds)
             left = statistics.fmean(spent) * (total - done) if spent else 0.0
             if status or result["best_val_acc"] is None:
@@ -137,7 +135,7 @@ def run_all(variants, parsed):
                 results[name].append(result | {"folder": args.out})  # which may have been moved since it was written
                 said = f"val acc {result['best_val_acc']:.4f}"
             clock = f", {run_folder.clock(left)} left" if spent else ""
-            errors.show(f"{done}/{total}  {name}, seed {args.seed}: {said}, {seconds:.1f} s{clock}")
+            run_folder.print_line(f"{done}/{total}  {name}, seed {args.seed}: {said}, {seconds:.1f} s{clock}")
     return results, failures, 0
 
 
@@ -145,13 +143,13 @@ def test(result):
     """The test accuracy of a finished run, from its best.pt."""
     path = Path(result["folder"], "best.pt")
     checkpoint = checkpoints.load(path)
-    args = checkpoint["args"]
-    dataset = models.dataset_for(checkpoint, args["data"], args["data_dir"], path)
-    device = devices.choose_device(args["device"])
-    precision = devices.choose_precision(args["amp"], device)
-    model = models.rebuild(checkpoint, path).to(device)
-    options = {name: args[name] for name in ("loss", "tta", "flip")}
-    return evaluation.evaluate(model, dataset.test, dataset, device, precision, **options)[1]
+    metrics = checkpoint["metrics"]
+    held = [metrics.get(name) for name in ("epoch", "val_acc", "val_loss")]
+    if held != [result[name] for name in ("best_epoch", "best_val_acc", "best_val_loss")]:
+        raise ValueError(f"{path} is not the best epoch of its run: put its own back, or name another --out")
+    where = {name: checkpoint["args"][name] for name in ("data", "data_dir", "device", "amp")}
+    _, _, acc = evaluation.test(checkpoint, path, **where)
+    return acc
 
 
 def mean_and_std(values):
@@ -171,6 +169,18 @@ def rank(results, failures, variants):
             row["train_acc"] = statistics.fmean(run["train_acc"] for run in runs)
         rows.append(row)
     return sorted(rows, key=lambda row: -row.get("val_acc", -1.0))
+
+
+def reject_another(out, variants):
+    """Raise ValueError if a folder holds the table of a comparison of which something would be lost."""
+    try:
+        rows = json.loads((out / "compare.json").read_text())["variants"]
+        lost = [row["name"] for row in rows if row["name"] not in variants]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # none, or not ours
+        return
+    if lost:
+        few = ", ".join(str(name) for name in lost[:3])
+        raise ValueError(f"--out {out} holds a comparison with {few}, which this one lacks: name another folder")
 
 
 def percent(mean, std):
@@ -196,21 +206,20 @@ def table(rows):
 
 
 def draw(rows, results, path):
-    """The curves of the best variants, as many as there are colours. Returns (drawn?, a note on what isn't, or '')."""
-    drawn = [row["name"] for row in rows if row["n"]][: len(plot.COLOURS)]
-    if not drawn:
-        return False, "no compare.png: no variant has a result"
+    """Draw the curves of the best variants, as many as there are colours. Returns a line that says so, or why not."""
+    names = [row["name"] for row in rows if row["n"]]
+    if not names:
+        return "no compare.png: no variant has a result"
     curves = {}
-    for name in drawn:
+    for name in names[: len(plot.COLOURS)]:
         curves[name] = [row for result in results[name] for row in plot.read(result["folder"])]
     try:
-        plot.draw(curves, path, best=dict.fromkeys(curves))
+        plot.draw(curves, path)
     except ImportError:
-        return False, "no compare.png: pip install matplotlib"
+        return "no compare.png: pip install matplotlib"
     except Exception as error:  # as of a run's curves: a plot is no reason to fail
-        return False, f"no compare.png ({errors.one_line(error)[:200]})"
-    left = sum(1 for row in rows if row["n"]) - len(drawn)
-    return True, f"compare.png shows the best {len(drawn)}, {left} more are in the table" if left else ""
+        return f"no compare.png ({errors.one_line(error)[:200]})"
+    return f"compare.png shows {'all' if len(curves) == len(names) else f'the best {len(curves)} of'} {len(names)}."
 
 
 def command(argv):
@@ -234,6 +243,7 @@ def command(argv):
             parsed[name].append(args)
 
     with run_folder.locked(out):
+        reject_another(out, variants)
         results, failures, status = run_all(variants, parsed)
     if status:
         return status
@@ -252,9 +262,7 @@ def command(argv):
     lines = [*table(rows), "", TEST_NOTE[own.test if tested else "none"]]
     if one:
         lines.append(f"Trained on {', '.join(names)}; {one['device']}; {one['amp']}.")
-    plotted, note = draw(rows, results, out / "compare.png")
-    if note:
-        lines.append(note)
+    lines.append(draw(rows, results, out / "compare.png"))
     content = {
         "command": arguments.command(),
         "flags": rest,
@@ -268,9 +276,12 @@ def command(argv):
         "variants": rows,
     }
     checkpoints.write((json.dumps(content, indent=1) + "\n").encode(), out / "compare.json")
-    checkpoints.write(("\n".join([f"`{arguments.command()}`", "", *lines]) + "\n").encode(), out / "compare.md")
-    errors.show("\n".join(["", *lines]))
-    errors.show(f"wrote compare.json, compare.md{' and compare.png' if plotted else ''} to {out}")
+    checkpoints.write(
+        ("\n".join([f"`{arguments.command()}`", "", *lines]) + "\n").encode("utf-8", "backslashreplace"),
+        out / "compare.md",
+    )
+    run_folder.print_line("\n".join(["", *lines]))
+    run_folder.print_line(f"wrote compare.json and compare.md to {out}")
     return 1 if any(failures.values()) else 0
 
 

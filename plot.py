@@ -87,7 +87,7 @@ def short_names(arguments):
 
 
 def with_metrics(folders):
-    """The folders of runs among these, and in the folders of --runs; without those that have no epoch yet."""
+    """The folders of runs among these, and in the folders of --runs; without those that have no metrics.csv."""
     folders = [one for folder in folders for one in sorted(Path(folder).glob("seed-*")) or [Path(folder)]]
     found = [folder for folder in folders if (folder / "metrics.csv").is_file()]
     if not found:
@@ -184,7 +184,7 @@ def best_epoch(rows):
 
 
 def draw(runs, path, best=None):
-    """Draw runs, a dict of name -> rows, into a PNG file at `path`.
+    """Draw runs, a dict of name -> rows, into the file `path`: .png, .pdf or .svg.
 
     Rows of the same epoch, from runs with several seeds, become their mean in a band of one standard deviation. A dot
     marks the best epoch of a run: best[name], else the one with the highest validation accuracy. Raises ImportError
@@ -241,7 +241,7 @@ def main():
         runs, best = collect(with_metrics(args.runs))
         draw(runs, args.out, best)
         print(f"wrote {args.out}", flush=True)
-    except (ValueError, OSError) as error:
+    except (ArithmeticError, ValueError, OSError, RuntimeError) as error:  # such as matplotlib's, set to LaTeX
         parser.error(" ".join(str(error).split())[:1000])
     except ImportError:
         parser.exit(1, "plot.py: error: there is no matplotlib: pip install matplotlib\n")

@@ -11,6 +11,7 @@ training; a model of grey images sees it in grey. Names and probabilities go to 
 error. Exit status 2 if a file is no image; the others are read all the same.
 """
 
+import io
 import json
 import os
 import signal
@@ -62,9 +63,6 @@ def make_parser():
 
 def check(args):
     """Reject what can't be done, and flags that would do nothing. Returns what is to be done."""
-    for name in ("report", "attention", "export", "out", "data_dir"):
-        if getattr(args, name) == "":
-            raise ValueError(f'{arguments.flag_name(name)} "" is empty: give a value, or leave it out')
     modes = [name for name in ("report", "attention", "export") if getattr(args, name)]
     if len(modes) > 1:
         raise ValueError(f"--{modes[0]} and --{modes[1]} are two things: run them one after the other")
@@ -165,8 +163,8 @@ def predict(args, checkpoint, model, device):
     shape = checkpoint["channels"], checkpoint["image_size"], checkpoint["image_size"]
     size = evaluation.batch_size(shape)  # the batches of --eval, so that bf16 rounds the same
     chunks = [files[start : start + size] for start in range(0, len(files), size)]
-    if not sys.stdout.isatty():  # there the lines themselves show how far it is
-        chunks = data.progress(chunks, desc="predicting", unit=f" x {size} images")
+    if sys.stdout is None or not sys.stdout.isatty():  # there the lines themselves show how far it is
+        chunks = data.progress_bar(chunks, desc="predicting", unit=f" x {size} images")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for chunk in chunks:
             done = []
@@ -195,7 +193,7 @@ def print_predictions(paths, probabilities, classes, top, as_json):
         best = [(classes[label], p[i]) for i, label in enumerate(labels[:top])]
         if as_json:
             named = [{"class": name, "probability": round(probability, 6)} for name, probability in best]
-            print(json.dumps({"file": str(path), **named[0], "top": named}))
+            errors.show(json.dumps({"file": str(path), **named[0], "top": named}))
         else:
             named = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in best)
             errors.show(errors.one_line(f"{path}: {named}"))
@@ -250,7 +248,7 @@ def print_report(args, checkpoint, model, device):
         text += f"; {calibrations[name][0]:.4f} with the logits divided by {temperature:.3f}, "
         text += f"a temperature fitted on {len(val.labels):,} validation images"
     if args.json:
-        print(json.dumps(results))
+        errors.show(json.dumps(results))
     else:
         note = "without TTA" if checkpoint["args"].get("tta") else ""
         errors.show(f"{evaluation.test_line(dataset, results['test_loss'], results['test_acc'], False, note)}\n")
@@ -307,16 +305,19 @@ def export(args, checkpoint, model, device):
         raise ValueError(f"--export {path} can't be written or read again ({str(error)[:200]})") from None
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"wrote {path}: images, float32 (batch, {', '.join(map(str, shape))}), each pixel / 255 less")
-    print(f"mean {tuple(checkpoint['mean'])} over std {tuple(checkpoint['std'])},")
-    print(f"-> logits (batch, {len(checkpoint['classes'])}); it differs from the model by {worst:.1g} on random images")
+    errors.show(f"wrote {path}: images, float32 (batch, {', '.join(map(str, shape))}), each pixel / 255 less")
+    errors.show(f"mean {tuple(checkpoint['mean'])} over std {tuple(checkpoint['std'])},")
+    outputs = f"logits (batch, {len(checkpoint['classes'])})"
+    errors.show(f"-> {outputs}; it differs from the model by {worst:.1g} on random images")
 
 
 def write_program(model, path, shape):
     """Write the program, and return a function that runs what was written."""
     example, sizes = torch.randn(2, *shape), {"images": {0: torch.export.Dim("batch")}}
     if path.suffix == ".pt2":
-        torch.export.save(torch.export.export(model, (example,), dynamic_shapes=sizes), path)
+        buffer = io.BytesIO()  # torch's own writer ends the process when the disk is full
+        torch.export.save(torch.export.export(model, (example,), dynamic_shapes=sizes), buffer)
+        path.write_bytes(buffer.getbuffer())
         return torch.export.load(path).module()
     import onnx.reference
     import onnxscript  # noqa: F401  torch.onnx.export needs it

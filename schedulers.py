@@ -23,21 +23,21 @@ once per epoch; between boundaries the smooth ones are smooth. There is no state
 alone, and plateau on the list of values that it has been shown.
 
 To add a schedule, write a function whose first argument is `t`, the epochs since the warm-up ended, and whose keywords
-are options of `schedule` (or `length`, `floor`, `values`, see there). It returns the multiplier of the initial learning
-rate. Then name it in SCHEDULES.
+are options of `schedule`, or `length`, the epochs after the warm-up, `floor`, min_lr / lr, or `values`, what was
+monitored so far. It returns the multiplier of the initial learning rate. Then name it in SCHEDULES.
 """
 
 import argparse
 import bisect
 import inspect
+import itertools
 import math
-import operator
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 WARMUP_START = 0.01  # a warm-up starts at this share of its end, like LinearLR(start_factor=0.01): the lr is never 0
-MOST_EPOCHS = 100_000  # to print or plot
+MOST_EPOCHS = 10_000  # to print or plot
 
 
 def none(t):
@@ -120,6 +120,10 @@ def check(options: dict):
     epochs, lr = options["epochs"], options["lr"]
     length = "a finite number >= 1e-9", lambda x: 1e-9 <= x < math.inf
     above_0 = "a finite number above 0", lambda x: 0 < x < math.inf
+
+    def is_increasing(x):
+        return all(a < b for a, b in itertools.pairwise((0, *x, math.inf)))
+
     rules = {
         "lr": above_0,
         "epochs": above_0,
@@ -127,7 +131,7 @@ def check(options: dict):
         "min_lr": (f"between 0 and lr, {lr:g}", lambda x: 0 <= x <= lr),
         "gamma": ("above 0 and at most 1", lambda x: 0 < x <= 1),
         "step_size": length,
-        "milestones": ("increasing numbers above 0", lambda x: all(map(operator.lt, (0, *x), (*x, math.inf)))),
+        "milestones": ("increasing numbers above 0", is_increasing),
         "t_max": length,
         "t_0": length,
         "t_mult": ("from 1 to 1,000,000", lambda x: 1 <= x <= 1_000_000),
@@ -261,8 +265,8 @@ def main():
     if args.plot:
         try:
             return plot(multipliers, args.lr, args.epochs, args.plot)
-        except (ValueError, OSError) as error:
-            parser.error(f"--plot {args.plot} can't be written ({error})")
+        except (ValueError, OSError, RuntimeError) as error:  # such as matplotlib's, set to LaTeX where there is none
+            parser.error(" ".join(f"--plot {args.plot} can't be written ({error})".split())[:1000])
         except ImportError:
             parser.exit(1, "schedulers.py: error: there is no matplotlib: pip install matplotlib\n")
     try:

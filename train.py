@@ -8,12 +8,12 @@
     python train.py --eval runs/vit-cifar10-adamw-cosine/best.pt
     torchrun --nproc_per_node 2 train.py --model vit                # several processes
 
-Read it from top to bottom: the nouns, what a run is made of, one step, the run, the command line. The flags are in
-utils/arguments.py, the choices in optimizers.py, schedulers.py, losses.py and augment.py.
+Read it from top to bottom: the nouns, setting up, one step, the run, the command line. The flags are declared in
+utils/arguments.py and beside the choices: optimizers.py, schedulers.py, losses.py, augment.py, the models.
 """
 
 import argparse
-import dataclasses
+import itertools
 import math
 import signal
 import sys
@@ -31,46 +31,31 @@ import augment
 import data
 import early_stopping
 import losses
-from utils import (
-    arguments,
-    budget,
-    build,
-    checkpoints,
-    devices,
-    distributed,
-    errors,
-    evaluation,
-    finetune,
-    graphs,
-    models,
-    plateau,
-    repeat,
-    resume,
-    run_folder,
-)  # fmt: skip
-from utils.ema import Ema
+from utils import arguments, budget, build, checkpoints, devices, distributed, errors, evaluation, finetune, graphs
 
-FINISHED = ("finished", "early stop", "time budget")
+# isort: split
+from utils import models, plateau, repeat, resume, run_folder
+from utils.ema import Ema
 
 
 @dataclass
 class Run:
-    """What a run is made of. Built once, by prepare(); nothing in it is replaced while it trains."""
+    """What a run is made of. Built by prepare(); nothing in it is replaced while it trains."""
 
     args: argparse.Namespace
-    dataset: data.Dataset  # name, classes, mean, std, train, test
-    train: data.Split  # what is trained on: images, uint8 (n, channels, size, size), and labels, int64 (n,)
-    val: data.Split  # what chooses the best epoch
+    dataset: data.Dataset  # name, classes, mean, std, all of its train and test images
+    train_set: data.Split  # images, uint8 (n, channels, size, size), and labels, int64 (n,)
+    val_set: data.Split  # chooses the best epoch
     device: torch.device
     precision: str  # "fp32", "bf16" or "fp16"
     model: torch.nn.Module
-    train_model: torch.nn.Module  # the same, as it's trained: compiled, and wrapped so that processes share gradients
-    ema: Ema | None  # its model, whose weights are moving averages
+    train_model: torch.nn.Module  # the same; compiled with --compile, in DDP if there are several processes
+    ema: Ema | None  # ema.model has the moving averages of the weights
     loss: Callable  # (logits, labels) -> mean loss
     teacher: Callable | None  # images -> logits
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # idle, except in fp16
-    schedule: Callable | None  # (epoch, monitored values) -> multiplier of the initial learning rates; None in a trial
+    schedule: Callable | None  # (epochs so far, monitored values) -> multiplier of the initial learning rates
 
     @property
     def eval_model(self):
@@ -78,19 +63,19 @@ class Run:
         return self.ema.model if self.ema else self.model
 
     @cached_property
-    def has_batch_norm(self):
-        """Batch norm can't train on one image."""
-        return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+    def least_images(self):
+        """The fewest images with which the model is trained: two with batch norm, which takes their variance."""
+        return 2 if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules()) else 1
 
-    @property
-    def smallest_batch(self):
-        """The fewest images that a batch may have."""
-        return 2 * distributed.world_size() if self.has_batch_norm else 1
+    def smallest_batch(self, processes):
+        """The fewest images that a batch may have. Without batch norm a process may have none of them."""
+        return self.least_images * processes if self.least_images > 1 else 1
 
     @cached_property
     def batch_sizes(self):
         """The sizes of an epoch's batches. A last batch that would be too small joins the one before."""
-        bounds = augment.bounds(len(self.train.labels), self.args.batch_size, self.smallest_batch)
+        least = self.smallest_batch(distributed.world_size())
+        bounds = augment.bounds(len(self.train_set.labels), self.args.batch_size, least)
         return [stop - start for start, stop in bounds]
 
     @property
@@ -106,9 +91,6 @@ class Run:
         """A checksum of all images and labels but the test set's, which a resumed run must have, too."""
         return checkpoints.fingerprint(*self.dataset.train)
 
-    def autocast(self):
-        return devices.autocast(self.device, self.precision)
-
 
 @dataclass
 class Progress:
@@ -120,26 +102,18 @@ class Progress:
     seconds: float = 0.0  # of training since the last row of history
 
 
-class Diverged(ArithmeticError):
-    """A loss or a weight that isn't finite."""
-
-    def __init__(self, what: str, step: int, lr: float):
-        remedy = "lower --lr, or add --warmup-epochs or --clip-grad 1"
-        super().__init__(f"{what} by step {step:,}, learning rate {lr:.3g}: {remedy}")
-
-
-# ---------------------------------------------------------------------------------------------- what a run is made of
+# ---------------------------------------------------------------------------------------------- setting up
 
 
 def prepare(args) -> Run:
-    """Load the data, build the model and all that trains it; reject what can't work. Nothing is written."""
+    """Load the data, build the model and all that trains it; reject what can't work; measure --minutes."""
     device = distributed.local_device(devices.choose_device(args.device))
     devices.speed_up(device)
     precision = devices.choose_precision(args.amp, device)
-    dataset, train_split, val_split = build.load_data(args)
+    dataset, train_set, val_set = build.load_data(args)
     if args.data in data.DOWNLOADS and dataset.name == "shapes":
         args = arguments.changed(args, data="shapes")  # load_data fell back: the set can't be downloaded
-    model = build.make_model(args, dataset, train_split).to(device)
+    model = build.make_model(args, dataset, train_set).to(device)
     if distributed.rank():
         torch.manual_seed(args.seed + distributed.rank())  # dropout of its own
 
@@ -155,8 +129,8 @@ def prepare(args) -> Run:
     run = Run(
         args=args,
         dataset=dataset,
-        train=build.on_device(train_split, device),
-        val=build.on_device(val_split, device),
+        train_set=build.on_device(train_set, device),
+        val_set=build.on_device(val_set, device),
         device=device,
         precision=precision,
         model=model,
@@ -169,42 +143,22 @@ def prepare(args) -> Run:
         schedule=None if args.minutes and not args.resume else arguments.make_schedule(args),
     )
     graphs.check(run)
-    if min(args.batch_size, len(run.train.labels)) < run.smallest_batch:
-        rule = f"of {len(run.train.labels)} images must be >= {run.smallest_batch}"
+    least = run.smallest_batch(distributed.world_size())
+    if min(args.batch_size, len(run.train_set.labels)) < least:
+        rule = f"of {len(run.train_set.labels)} images must be >= {least}"
         raise ValueError(f"--batch-size {args.batch_size} {rule}: batch norm can't train on one image in a process")
     if run.schedule is None:  # --minutes: time some steps of a copy, then set the number of epochs
         trial = build.trial(run)
-        take_step = graphs.recorded(train_step, trial, log=lambda line: None)  # the run will say it
-        return budget.within_minutes(run, trial, training_batches, take_step, score)
+        take_step = graphs.recorded(train_step, trial, log=lambda line: None)  # train() logs it
+        return budget.within_minutes(run, trial, take_step, score)
     return run
 
 
 # ---------------------------------------------------------------------------------------------- one step
 
 
-def training_batches(run, first, end):
-    """Yield this process's share of each batch of the steps first <= step < end, all of one epoch, augmented.
-
-    As (images, labels, size of the whole batch).
-    """
-    args, dataset = run.args, run.dataset
-    epoch, first_in_epoch = divmod(first, run.steps_per_epoch)
-    options = build.augmentation(args, epoch) | {
-        "key": (args.seed, epoch),
-        "first": first_in_epoch,
-        "least": run.smallest_batch,
-        "rank": distributed.rank(),
-        "world_size": distributed.world_size(),
-        "num_classes": len(dataset.classes),
-    }
-    batches = augment.batches(run.train, args.batch_size, dataset.mean, dataset.std, run.device, **options)
-    sizes = run.batch_sizes[first_in_epoch : first_in_epoch + end - first]
-    for batch_size, (images, labels) in zip(sizes, batches, strict=False):
-        yield images, labels, batch_size
-
-
 def backward(run, images, labels, batch_size):
-    """Leave the gradient of a batch's mean loss in the parameters, clipped.
+    """Leave the gradient of a batch's mean loss in the parameters, clipped if --clip-grad says so.
 
     `images` are this process's share of a batch of `batch_size`. Returns their [sum of losses, correct predictions,
     images] as a tensor on the device: reading a number would make every step wait for the device.
@@ -215,11 +169,11 @@ def backward(run, images, labels, batch_size):
     if local_size == 0:  # fewer images than processes: a blank one takes part in the exchange of gradients
         images = images.new_zeros(1, *images.shape[1:])
         labels = labels.new_zeros(1, *labels.shape[1:])
-    count = max(1, min(run.args.accum, local_size // (2 if run.has_batch_norm else 1)))
+    count = max(1, min(run.args.accum, local_size // run.least_images))
     micro_batches = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
     for i, (x, y) in enumerate(micro_batches, start=1):
         with distributed.sync_gradients(run.train_model, i == count):
-            with run.autocast():
+            with devices.autocast(run.device, run.precision):
                 logits = run.train_model(x)
             logits = logits.float()
             loss = run.loss(logits, y)
@@ -228,10 +182,10 @@ def backward(run, images, labels, batch_size):
             weight = len(x) / batch_size if local_size else 0.0  # so that unequal micro-batches make the batch's mean
             # train_model takes the mean of the gradients over the processes; the batch's gradient is their sum.
             run.scaler.scale(loss * (weight * distributed.world_size())).backward()
-        classes = y.argmax(1) if y.ndim == 2 else y  # mixup's labels are distributions
+        targets = y.argmax(1) if y.ndim == 2 else y  # mixup's labels are distributions
         if local_size:
             totals[0].add_(loss.detach(), alpha=len(x))
-            totals[1].add_((logits.argmax(1) == classes).sum())
+            totals[1].add_((logits.argmax(1) == targets).sum())
             totals[2].add_(len(x))
     if run.args.clip_grad:
         run.scaler.unscale_(run.optimizer)
@@ -239,22 +193,23 @@ def backward(run, images, labels, batch_size):
     return totals
 
 
-def train_step(run, images, labels, batch_size, seed):
-    """Take one optimizer step. Returns what backward() returns. L-BFGS alone reads `seed`."""
+def train_step(run, images, labels, batch_size):
+    """Take one optimizer step. Returns what backward() returns."""
     if run.args.opt == "lbfgs":
-        return lbfgs_step(run, images, labels, batch_size, seed)
+        return lbfgs_step(run, images, labels, batch_size)
     totals = backward(run, images, labels, batch_size)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     return totals
 
 
-def lbfgs_step(run, images, labels, batch_size, seed):
+def lbfgs_step(run, images, labels, batch_size):
     """Take a step of L-BFGS, which evaluates the loss several times. Returns what the first backward() returned."""
     evaluations = []
+    seed = torch.randint(2**62, ()).item()  # of the dropout: the line search compares losses
 
     def closure():
-        torch.manual_seed(seed)  # the same dropout each time: the line search compares losses
+        torch.manual_seed(seed)
         evaluations.append(backward(run, images, labels, batch_size))
         return evaluations[-1][0] / batch_size
 
@@ -263,7 +218,7 @@ def lbfgs_step(run, images, labels, batch_size, seed):
 
 
 def score(run, split):
-    """Mean loss and accuracy, on a split, of the weights that the run would keep."""
+    """Mean loss, without smoothing and teacher, and accuracy, on a split, of the weights that the run would keep."""
     args = run.args
     options = {"loss": args.loss, "tta": args.tta, "flip": args.flip}
     return evaluation.evaluate(run.eval_model, split, run.dataset, run.device, run.precision, **options)
@@ -290,7 +245,7 @@ def train(run, progress, folder, caught):
         epoch_end = (progress.step // run.steps_per_epoch + 1) * run.steps_per_epoch
         end = min(epoch_end, run.total_steps)
         with watch:
-            train_until(end, run, progress, folder, caught, take_step)
+            train_until(run, end, progress, folder, caught, take_step)
         if progress.step == end:
             finish_epoch(run, progress, folder)
         if distributed.all_max(len(caught)):
@@ -298,21 +253,20 @@ def train(run, progress, folder, caught):
     return "time budget" if args.minutes else "finished"
 
 
-def train_until(end, run, progress, folder, caught, take_step):
-    """Take steps up to number `end` of this epoch, or up to a signal."""
+def train_until(run, end, progress, folder, caught, take_step):
+    """Take this epoch's steps up to the run's number `end`, or up to a signal."""
     args = run.args
     finetune.train_mode(run.train_model)
-    batches = training_batches(run, progress.step, end)
+    batches = itertools.islice(build.training_batches(run, progress.step), end - progress.step)
     if distributed.rank() == 0:
         name = f"epoch {len(progress.history) + 1}"
-        batches = data.progress(batches, total=end - progress.step, desc=name, unit=" steps")
+        batches = data.progress_bar(batches, total=end - progress.step, desc=name, unit=" steps")
     start = time.perf_counter()
     for images, labels, batch_size in batches:
         multiplier = lr_multiplier(run, progress.step, progress.history)
         for group in run.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
-        seed = (progress.step + 1_000_003 * args.seed) % 2**63  # of L-BFGS's dropout: another one in each step and run
-        progress.totals += take_step(run, images, labels, batch_size, seed)
+        progress.totals += take_step(run, images, labels, batch_size)
         if run.ema:
             run.ema.update(run.model)
         progress.step += 1
@@ -325,14 +279,14 @@ def train_until(end, run, progress, folder, caught, take_step):
         loss_sum, _, seen = distributed.all_reduce(progress.totals).tolist()  # waits for the device
         progress.seconds += time.perf_counter() - start
         if not math.isfinite(loss_sum):
-            raise Diverged(f"the training loss is {loss_sum}", progress.step, args.lr * multiplier)
+            raise errors.Diverged(f"the training loss is {loss_sum}", progress.step, args.lr * multiplier)
         if log:
             folder.log(f"  step {progress.step:,} of {run.total_steps:,}  train loss {loss_sum / seen:.4f}")
         if (save or stop) and progress.step < end:
             folder.save("last.pt", resume.last_content(run, progress))
         if stop:
             break
-        start = time.perf_counter()
+        start = time.perf_counter()  # logging and saving don't count
 
 
 def finish_epoch(run, progress, folder):
@@ -343,11 +297,11 @@ def finish_epoch(run, progress, folder):
     lr = args.lr * lr_multiplier(run, progress.step - 1, history)
     val_loss = val_acc = math.nan
     if args.val_split:
-        val_loss, val_acc = score(run, run.val)
+        val_loss, val_acc = score(run, run.val_set)
         if not math.isfinite(val_loss):
-            raise Diverged(f"the validation loss is {val_loss}", progress.step, lr)
+            raise errors.Diverged(f"the validation loss is {val_loss}", progress.step, lr)
     elif not all(weight.isfinite().all() for weight in run.eval_model.parameters()):
-        raise Diverged("a weight is not finite", progress.step, lr)
+        raise errors.Diverged("a weight is not finite", progress.step, lr)
     steps = progress.step - (history[-1]["step"] if history else 0)
     history.append(
         {
@@ -367,7 +321,7 @@ def finish_epoch(run, progress, folder):
     progress.totals.zero_()
 
     best = find_best(args, history)
-    folder.save("last.pt", resume.last_content(run, progress))
+    folder.save("last.pt", resume.last_content(run, progress))  # first: a resume makes best.pt of it
     if best is history[-1]:
         folder.save("best.pt", resume.best_content(run, progress))
     folder.report(history, best, math.ceil(args.epochs), seconds_left)
@@ -383,7 +337,7 @@ def lr_multiplier(run, step, history):
 
 
 def find_best(args, history):
-    """The row of the best epoch; without validation, the last."""
+    """The row of the best epoch, or None; without validation, the last."""
     if args.val_split == 0:
         return history[-1] if history else None
     return early_stopping.best_row(history, args.monitor, args.min_delta)
@@ -391,8 +345,8 @@ def find_best(args, history):
 
 def explain(run, history, best):
     """Why the monitored value has stopped improving, in one line."""
-    of_zeros = losses.parse(run.args.loss)(torch.zeros(1, len(run.dataset.classes)), torch.zeros(1, dtype=torch.int64))
-    return plateau.explain(history, best, run.args.monitor, of_zeros.item())
+    chance = losses.parse(run.args.loss)(torch.zeros(1, len(run.dataset.classes)), torch.zeros(1, dtype=torch.int64))
+    return plateau.explain(history, best, run.args.monitor, chance.item())
 
 
 def finish(run, progress, folder, stopped):
@@ -400,15 +354,14 @@ def finish(run, progress, folder, stopped):
     args, history = run.args, progress.history
     best = find_best(args, history)
     test_loss = test_acc = None
-    if stopped in FINISHED:
+    if stopped in ("finished", "early stop", "time budget"):
         why = f"best {args.monitor}, {best[args.monitor]:.4f}" if args.val_split else "the last, as none was held out"
         folder.log(f"{stopped}: the result is epoch {best['epoch']} ({why})")
         if not args.no_test:
             folder.check()
             content = distributed.on_main(lambda: checkpoints.load(folder.path / "best.pt"))
-            run.model.load_state_dict(content["state_dict"])
-            without_ema = dataclasses.replace(run, ema=None)  # best.pt holds the averages already
-            test_loss, test_acc = score(without_ema, run.dataset.test)
+            run.eval_model.load_state_dict(content["state_dict"])
+            test_loss, test_acc = score(run, run.dataset.test)
             folder.log(evaluation.test_line(run.dataset, test_loss, test_acc, args.tta, "read once"))
     elif stopped == "interrupted":
         folder.log(f"interrupted: python train.py --resume {folder.path / 'last.pt'} goes on from here")
@@ -430,22 +383,15 @@ def run_once(args, checkpoint=None):
             resume.restore(run, progress, checkpoint)
         folder = resume.open_folder(run, progress, find_best(run.args, progress.history))
     with folder, errors.while_training(args), errors.caught_signals() as caught:
-        for line in run_folder.describe(run):
-            folder.log(line)
-        if checkpoint:
-            folder.log(resume.changes(args, checkpoint))
-        folder.log(f"writing to {folder.path}")
-        if args.tensorboard:
-            folder.open_events()
+        resume.log_beginning(run, folder, checkpoint)
         try:
             stopped = train(run, progress, folder, caught)
-        except Diverged as error:
+        except errors.Diverged as error:
             folder.log(str(error))
             stopped = "non-finite loss"
         result = finish(run, progress, folder, stopped)
-    if distributed.all_max(len(caught)):  # in the last test, too: what follows this run isn't wanted
-        return result, 128 + distributed.all_max(caught[0] if caught else 0)
-    return result, errors.STATUS_OF.get(stopped, 0)
+    number = distributed.all_max(caught[0] if caught else 0)  # of a signal, also one in the last test
+    return result, 128 + number if number else errors.STATUS_OF.get(stopped, 0)
 
 
 def command(argv=None):

@@ -204,6 +204,8 @@ class ViT(nn.Module):
         for name in ("dim", "depth", "heads", "mlp_dim", "dim_head", "channels"):
             if args[name] is not None and args[name] < 1:
                 raise ValueError(f"{name} {args[name]} must be >= 1")
+        if args["depth"] > 1000:  # no machine would end building it
+            raise ValueError(f"depth {args['depth']} must be at most 1000")
         if min(self.image_size) < 1 or args["num_classes"] < 0:
             sizes = f"image_size {args['image_size']} and num_classes {args['num_classes']}"
             raise ValueError(f"{sizes} must be >= 1, or num_classes 0 for features")

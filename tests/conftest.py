@@ -72,7 +72,7 @@ def tiny(monkeypatch, tmp_path):
         return dataclasses.replace(small)
 
     monkeypatch.setattr(datasets, "shapes", shapes)
-    monkeypatch.setattr(plot, "draw", lambda runs, path, best: Path(path).write_bytes(b"picture"))
+    monkeypatch.setattr(plot, "draw", lambda runs, path, best=None: Path(path).write_bytes(b"picture"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -98,8 +98,8 @@ def run_of(args, model):
     return train.Run(
         args=args,
         dataset=None,
-        train=None,
-        val=None,
+        train_set=None,
+        val_set=None,
         device=device,
         precision="fp32",
         model=model,

@@ -211,9 +211,11 @@ def test_plot_of_augmentation(tmp_path, monkeypatch, capsys):
     assert {plot.getpixel((150, 40)), plot.getpixel((250, 40))} == {(255, 0, 0), (255, 255, 255)}
 
     (tmp_path / "text.png").write_text("no image")
+    Image.new("1", (14000, 13000)).save(tmp_path / "bomb.png")
     for wrong, words in {
         f"--show {tmp_path}/c.png {tmp_path}/nowhere.png": "nowhere.png",
         f"--show {tmp_path}/c.png {tmp_path}/text.png": "text.png",
+        f"--show {tmp_path}/c.png {tmp_path}/bomb.png": "bomb.png",
         f"--show {tmp_path}/none/a.png": "none/a.png",
         f"--show {tmp_path}/a.unknown": "unknown",
         f"--show {tmp_path}/c.png --augment weak": "--augment",

@@ -1,5 +1,6 @@
 """compare.py: variants and seeds, what is run again, what is reported, for whom the test set is opened."""
 
+import io
 import json
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def content(out):
 def drawn(monkeypatch):
     """The names of the curves that are drawn."""
     names = []
-    monkeypatch.setattr(plot, "draw", lambda runs, path, best: (names.extend(runs), Path(path).write_bytes(b"plot")))
+    monkeypatch.setattr(
+        plot, "draw", lambda runs, path, best=None: (names.extend(runs), Path(path).write_bytes(b"plot"))
+    )
     return names
 
 
@@ -201,3 +204,54 @@ def test_variants_that_diverged_at_once_are_not_run_again(tiny, monkeypatch, cap
         assert compared(*flags) == 1
         captured = capsys.readouterr()
         assert "lr 1e37, seed 0: failed (non-finite loss)" in captured.out and captured.err == ""
+
+
+def test_the_best_epoch_of_another_run_is_not_tested(tiny, monkeypatch, capsys):
+    drawn(monkeypatch)
+    flags = [*BASE, "--vary", "lr=0.1,0.001", "--out", "c"]
+    assert compared(*flags) == 0
+    winner, other = (row["name"].replace(" ", "-") for row in content("c")["variants"])
+    Path("c", winner, "seed-0", "best.pt").write_bytes(Path("c", other, "seed-0", "best.pt").read_bytes())
+    capsys.readouterr()
+    assert compared(*flags) == 1
+    assert "best.pt is not the best epoch of its run" in capsys.readouterr().err
+    assert "test_acc" not in content("c")["variants"][0]
+
+
+def test_another_comparison_is_not_overwritten(tiny, monkeypatch, capsys):
+    drawn(monkeypatch)
+    assert compared(*BASE, "--vary", "lr=0.1,0.001", "--out", "c") == 0
+    before = Path("c/compare.json").read_text()
+    assert compared(*BASE, "--vary", "opt=sgd,adam", "--out", "c") == 2
+    assert "holds a comparison with lr 0." in capsys.readouterr().err
+    assert Path("c/compare.json").read_text() == before and len(list(Path("c").glob("*/seed-0"))) == 2
+    assert compared(*BASE, "--vary", "lr=0.1,0.001,0.01", "--out", "c") == 0  # with more, nothing is lost
+    assert len(content("c")["variants"]) == 3
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space left on device")])
+def test_a_closed_standard_output_costs_no_table(error, tiny, monkeypatch):
+    drawn(monkeypatch)
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise error
+
+    monkeypatch.setattr(run_folder.sys, "stdout", Closed())
+    assert compared(*BASE, "--vary", "lr=0.1,0.001", "--out", "c") == 0
+    assert len(content("c")["variants"]) == 2 and Path("c/compare.md").exists()
+
+
+def test_a_name_that_is_no_utf_8_costs_no_table(tiny, monkeypatch):
+    drawn(monkeypatch)
+    monkeypatch.setattr(compare.arguments, "command", lambda: "python compare.py --out c\udcff")
+    assert compared(*BASE, "--vary", "lr=0.1,0.001", "--out", "c\udcff") == 1  # torch maps no file of such a name
+    assert r"--out c\udcff" in Path("c\udcff/compare.md").read_text()
+
+
+@pytest.mark.parametrize("flags", [["--out", ""], ["--out", "c", "--case", ""], ["--out="]])
+def test_an_empty_folder_name_is_one_line(flags, tiny, capsys):
+    with pytest.raises(SystemExit):
+        compare.make_parser().parse_known_args([*BASE, "--vary", "lr=0.1,0.001", *flags])
+    said = capsys.readouterr().err
+    assert '"" is empty' in said and len(said.splitlines()) == 1

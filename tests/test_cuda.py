@@ -1,6 +1,7 @@
 """Tests: what a GPU alone can show. They are skipped where there is none."""
 
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from conftest import HERE, TINY_MLP, call, images_for, models
 
 import data
 import train
-from utils import arguments, checkpoints, graphs
+from utils import arguments, build, checkpoints, graphs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -45,15 +46,12 @@ def after_steps(flags, count=50, lines=None):
     before = [p.detach().clone() for p in run.model.parameters()]
     take_step = graphs.recorded(train.train_step, run, None if lines is None else lines.append)
     run.model.train()
-    step = 0
-    while step < count:
-        for batch in train.training_batches(run, step, run.steps_per_epoch * (step // run.steps_per_epoch + 1)):
-            for group in run.optimizer.param_groups:  # a replay must see what a schedule changes
-                group["lr"] = group["initial_lr"] * (1 + step % 5) / 5
-            take_step(run, *batch, seed=0)
-            if run.ema:
-                run.ema.update(run.model)
-            step += 1
+    for step, batch in enumerate(itertools.islice(build.training_batches(run, 0), count)):
+        for group in run.optimizer.param_groups:  # a replay must see what a schedule changes
+            group["lr"] = group["initial_lr"] * (1 + step % 5) / 5
+        take_step(run, *batch)
+        if run.ema:
+            run.ema.update(run.model)
     return before, [p.detach() for p in run.model.parameters()]
 
 

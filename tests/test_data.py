@@ -253,7 +253,7 @@ def test_splits_have_names():
 
 def test_it_works_without_standard_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
-    assert list(data.progress(range(3))) == [0, 1, 2]
+    assert list(data.progress_bar(range(3))) == [0, 1, 2]
     assert len(data.load(str(write_folder(tmp_path / "pets")), tmp_path).train.labels) == 12
 
 
@@ -336,7 +336,7 @@ def test_files_that_are_no_images_are_counted(tmp_path):
     for name in ("train/cat/photo.HEIC", "train/notes.txt", "test/dog/\x1b[31m.x\ny", "test/dog/.hidden"):
         (root / name).touch()
     note = data.load(root, tmp_path).note.strip()
-    assert note.count("\n") == 0 and "files left out: 3 ('.HEIC', '.txt', '.x\\ny')" in note
+    assert note.count("\n") == 0 and "left out: 3 ('.HEIC', '.txt', '.x\\ny')" in note
 
 
 def test_one_class_is_a_folder_too_many(tiny, capsys):

@@ -12,6 +12,7 @@ from PIL import Image
 
 import data as datasets
 import diagnose
+import train
 from utils import build, checkpoints
 
 DIAGNOSE = "--model mlp --hidden 64 --data shapes --batch-size 64 --epochs 4 --device cpu".split()
@@ -139,7 +140,7 @@ def test_diagnose_of_few_images_says_that_they_are_few(tiny, capsys):
 
 def test_find_lr_leaves_the_weights_alone_and_suggests_a_rate_that_learns(tiny, monkeypatch, middling, capsys):
     monkeypatch.setattr(datasets, "shapes", lambda: middling)
-    run = diagnose.prepare(diagnose.parse_args(DIAGNOSE)[0]).run
+    run = train.prepare(diagnose.parse_args(DIAGNOSE)[0])
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
     rates, smooth, suggestion = diagnose.find_lr(run)
     assert same(before, dict(run.model.state_dict()))
@@ -159,7 +160,7 @@ def test_find_lr_leaves_the_weights_alone_and_suggests_a_rate_that_learns(tiny, 
 def test_find_lr_stops_when_the_loss_diverges(tiny, monkeypatch, middling):
     monkeypatch.setattr(datasets, "shapes", lambda: middling)
     args, _ = diagnose.parse_args([*DIAGNOSE, "--opt", "sgd", "--no-batch-norm"])
-    rates, smooth, _ = diagnose.find_lr(diagnose.prepare(args).run)
+    rates, smooth, _ = diagnose.find_lr(train.prepare(args))
     assert rates[-1] < 9 and not smooth[-1] < 2 * min(smooth) and all(x < 2 * min(smooth) for x in smooth[:-1])
 
 

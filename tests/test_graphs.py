@@ -141,8 +141,8 @@ def test_the_difference_is_a_share_of_the_step():
 def test_what_cannot_be_recorded_is_rejected_or_eager(monkeypatch):
     def run(device="cuda", precision="bf16", images=9, **changes):
         args = SimpleNamespace(**{"opt": "sgd", "batch_size": 8, "cuda_graph": None} | changes)
-        train = SimpleNamespace(labels=range(images))
-        return SimpleNamespace(args=args, device=torch.device(device), precision=precision, train=train)
+        train_set = SimpleNamespace(labels=range(images))
+        return SimpleNamespace(args=args, device=torch.device(device), precision=precision, train_set=train_set)
 
     assert graphs.is_used(run()) and not graphs.is_used(run(cuda_graph=False))
     for odd in ({"device": "cpu"}, {"precision": "fp16"}, {"images": 7}, {"opt": "lbfgs"}):

@@ -1,12 +1,14 @@
 """What nobody thought of: it ends in one line or in a right result, never in a lost file, a hang or a crash."""
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from conftest import (
     write_folder,
     write_idx,
 )
+from PIL import Image
 
 import augment
 import data as datasets
@@ -379,8 +382,6 @@ def test_messages_are_one_printable_line_of_bounded_length():
 
 def test_names_that_are_no_utf_8_are_read_all_the_same(tiny, capsys):
     assert call(*TINY_MLP, "--out", "run") == 0
-    from PIL import Image
-
     for name in (b"1.png", b"\xff.png", b"z\n.png"):
         Image.new("RGB", (32, 32)).save(os.fsdecode(name))
     capsys.readouterr()
@@ -653,7 +654,7 @@ def test_a_small_file_makes_no_large_objects(tiny, capsys):
     torch.save({"state_dict": {}, "more": Large()}, "large.pt")
     for use in ("--eval", "--resume", "--init"):
         assert call(*TINY_MLP, use, "large.pt") == 2 if use == "--init" else call(use, "large.pt") == 2
-        one_line(capsys, "more memory than its own size")
+        one_line(capsys, "it holds a __builtin__.bytearray")
 
 
 @pytest.mark.parametrize("where, status", [("prepare", 2), ("backward", 1), ("finish", 1)])
@@ -672,3 +673,144 @@ def test_python_in_development_mode_shows_the_traceback(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert "ZeroDivisionError" in done.stderr
         assert ("Traceback" in done.stderr) == bool(options)
+
+
+def with_pickle(path, pickled):
+    """A copy of a checkpoint with another pickle in it."""
+    with zipfile.ZipFile("run/best.pt") as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickled if name.endswith(".pkl") else old.read(name))
+
+
+def test_pickles_that_end_the_interpreter_or_fill_the_memory_are_one_line(tiny, capsys):
+    """As keys, tuples a million deep, whose hash has no guard, and 2^60 in one another; objects of any size."""
+    assert call(*TINY_MLP, "--out", "run") == 0
+    with_pickle("deep.pt", b"\x80\x02}" + b")" + b"\x85" * 1_000_000 + b"K\x01s.")
+    with_pickle("wide.pt", b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"}h\x00K\x01s.")
+    with_pickle("large.pt", b"\x80\x02}ctorch\nTensor\n]\x85R.")
+    encode = b"c_codecs\nencode\n"
+    with_pickle(
+        "bomb.pt", b"\x80\x02}" + encode * 100 + b"X\x01\x00\x00\x00x" + b"X\x03\x00\x00\x00hex\x86R" * 100 + b"."
+    )
+    capsys.readouterr()
+    for name, words in (
+        ("deep.pt", "too deep or too often within each other"),
+        ("wide.pt", "too deep or too often within each other"),
+        ("bomb.pt", "it holds a _codecs.encode"),
+        ("large.pt", "it holds a torch.Tensor"),
+    ):
+        for use in (["--eval"], ["--resume"], [*TINY_MLP, "--init"], [*TINY_MLP, "--teacher"]):
+            assert call(*use, name) == 2
+            one_line(capsys, name, words)
+
+
+def test_a_long_history_is_not_deep(tiny):
+    content = {
+        "rows": [{"epoch": i, "loss": 0.5} for i in range(150_000)],
+        "names": {str(i): (i, i) for i in range(5000)},
+    }
+    checkpoints.save(content, "long.pt")
+    assert checkpoints.load("long.pt", keys={}) == content
+
+
+def test_weights_that_share_their_memory_make_no_large_model(tiny, capsys):
+    assert call(*TINY_MLP, "--hidden", "64,64,64,64,64", "--no-batch-norm", "--out", "run") == 0
+    content = checkpoints.load("run/best.pt")
+    largest = max(content["state_dict"].values(), key=torch.Tensor.numel)
+    content["state_dict"] |= {f"more.{i}": largest for i in range(50)}
+    torch.save(content, "shared.pt")
+    capsys.readouterr()
+    assert call("--eval", "shared.pt") == 2
+    one_line(capsys, "shared.pt", "no tensor that the file could hold")
+
+
+def test_a_depth_without_end_is_one_line(tiny, capsys):
+    assert call("--model", "vit", *TINY, "--depth", 10**9) == 2
+    one_line(capsys, "--depth 1000000000 must be at most 1000")
+
+
+def test_finished_seeds_of_other_images_are_not_averaged(tiny, monkeypatch, capsys):
+    assert call(*TINY_MLP, "--runs", 2, "--out", "many") == 0
+    Path("many/result.json").unlink()  # as if a third seed had been interrupted
+    monkeypatch.setattr(datasets, "shapes", lambda real=datasets.shapes: brighter(real()))
+    capsys.readouterr()
+    assert call(*TINY_MLP, "--runs", 2, "--out", "many") == 2
+    one_line(capsys, "many holds runs on other images or labels")
+
+
+def brighter(dataset):
+    images, labels = dataset.train
+    return dataclasses.replace(dataset, train=datasets.Split(images // 2 + 100, labels))
+
+
+def test_a_resumed_seed_is_still_where_it_was(tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        halt(patch, 3)
+        assert call(*TINY_MLP, "--epochs", 3, "--runs", 2, "--out", "many") == 130
+    assert call(*TINY_MLP, "--epochs", 3, "--runs", 2, "--out", "many") == 0
+    log = Path("many/seed-0/log.txt").read_text()
+    assert "going on after step" in log and "-> None" not in log
+    assert json.loads(Path("many/seed-0/result.json").read_text())["args"]["out"] == "many/seed-0"
+
+
+def test_lines_are_printed_without_control_characters(tiny, monkeypatch, capsys):
+    """A stranger's last.pt may say anything of where it was written."""
+    assert call(*TINY_MLP, "--out", "run") == 0
+    content = last()
+    content["args"]["out"] = "\x1b]0;owned\x07" + 5000 * "x"
+    torch.save(content, "run/last.pt")
+    capsys.readouterr()
+    assert call("--resume", "run/last.pt", "--epochs", 2, "--out", "new") == 0
+    said = capsys.readouterr().out
+    assert r"--out \x1b]0;owned\x07xx" in said and "\x1b" not in said and max(map(len, said.splitlines())) < 1000
+
+
+def test_a_failed_run_is_not_said_to_have_a_checkpoint(tiny, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "backward", lambda *args: 1 / 0)
+        assert call(*TINY_MLP, "--out", "run") == 1
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(arguments, "command", lambda: "python train.py --another run")
+        assert call(*TINY_MLP, "--seed", 7, "--out", "run") == 2
+    said = capsys.readouterr().err
+    assert "holds a run already: name another folder" in said and "--resume its last.pt" not in said
+    assert call(*TINY_MLP, "--out", "run2") == 0 and call(*TINY_MLP, "--out", "run2") == 2
+    assert "--resume its last.pt" in capsys.readouterr().err
+
+
+def test_a_test_set_of_another_set_is_noticed(tmp_path):
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for part, count, bright in (("train", 60_000, 4), ("t10k", 10_000, 8)):
+        images = torch.zeros(count, 28, 28, dtype=torch.uint8)
+        images[:, :bright] = 250
+        write_idx(raw / f"{part}-images-idx3-ubyte", images)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", (torch.arange(count) % 10).byte())
+    with pytest.raises(ValueError, match="it holds the images of fashion-mnist"):
+        datasets.load("mnist", tmp_path)
+
+
+def test_linked_folders_of_images_are_counted_as_left_out(tiny):
+    write_folder(tiny / "pets", (16, 16))
+    Path("elsewhere").mkdir()
+    os.symlink(Path("elsewhere").resolve(), "pets/train/cat/more")
+    assert "left out: 1" in datasets.load("pets", "cache").note
+
+
+def test_predictions_need_no_standard_output(tiny, monkeypatch):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    Image.new("RGB", (32, 32)).save("a.png")
+    monkeypatch.setattr(sys, "stdout", None)
+    assert predict.main(["run/best.pt", "a.png"]) == 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_an_export_one_line(tiny):
+    """Torch's own writer would end the process, and leave its file."""
+    assert call(*TINY_MLP, "--out", "run") == 0
+    code = "import resource, sys; sys.path.insert(0, sys.argv[1]); import predict; "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); sys.exit(predict.main(sys.argv[2:]))"
+    done = python("-c", code, HERE, "run/best.pt", "--export", "model.pt2", cwd=tiny)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "too large" in done.stderr, done.stderr
+    assert not list(tiny.glob("model*"))

@@ -147,10 +147,10 @@ def trained(tiny):
 
     torch.manual_seed(0)
     shapes = datasets.shapes()
-    grey = [
-        (images.float().mean(1, keepdim=True).byte()[:, :, :28, :28], y) for images, y in (shapes.train, shapes.test)
-    ]
-    grey = datasets.Dataset("grey", [str(i) for i in range(10)], (0.13,), (0.31,), *grey)
+    splits = []
+    for images, y in (shapes.train, shapes.test):
+        splits.append(datasets.Split(images.float().mean(1, keepdim=True).byte()[:, :, :28, :28], y))
+    grey = datasets.Dataset("grey", [str(i) for i in range(10)], (0.13,), (0.31,), *splits)
     make("mlp", mlp_mnist.MLP(hidden=(32,)), grey)
     make("cnn", cnn_cifar10.CNN(widths=(4, 8)), shapes)
     small = dict(image_size=32, patch_size=8, num_classes=10, dim=16, depth=2, heads=2, mlp_dim=16)
@@ -220,7 +220,7 @@ def test_predict_names_what_is_no_image_and_reads_the_rest(trained, tiny, capsys
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 2
     assert len(said.err.splitlines()) == 2 and "000a.png can't be read as an image" in said.err
-    assert "note: files left out: 1 ('.txt')" in said.err
+    assert "note: files and links left out: 1 ('.txt')" in said.err
 
 
 PREDICT_WRONG = [
@@ -388,7 +388,7 @@ def test_a_wrong_export_is_not_kept(trained, tiny, monkeypatch, capsys):
             return lambda images: torch.zeros(len(images), 10)
 
     monkeypatch.setattr(torch.export, "export", lambda *args, **more: None)
-    monkeypatch.setattr(torch.export, "save", lambda program, path: path.write_bytes(b"a program"))
+    monkeypatch.setattr(torch.export, "save", lambda program, file: file.write(b"a program"))
     monkeypatch.setattr(torch.export, "load", lambda path: Other())
     assert predict.main(["cnn.pt", "--export", "model.pt2"]) == 1
     assert "differs from the model" in capsys.readouterr().err and not Path("model.pt2").exists()

@@ -169,7 +169,7 @@ def test_resume_refuses_other_images(tiny, monkeypatch, capsys):
     "seconds, on_processor, policy, said",
     [(10, 9, "", False), (10, 4, "", True), (10, 4, "passive", False), (1, 0.4, "", False)],
 )
-def test_a_shared_machine_is_told_once(seconds, on_processor, policy, said, monkeypatch):
+def test_a_shared_machine_is_hinted_at_once(seconds, on_processor, policy, said, monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", policy)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     lines = []

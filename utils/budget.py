@@ -9,7 +9,6 @@ These are steps of a millisecond and, after each 100 of them, 20 milliseconds of
 """
 
 import dataclasses
-import itertools
 import math
 import tempfile
 import time
@@ -18,24 +17,24 @@ from pathlib import Path
 
 import torch
 
-from utils import arguments, checkpoints, devices, finetune
+import data
+from utils import arguments, build, checkpoints, devices, finetune
 
 SOME = 2000  # images on which validation is timed
 
 
-def within_minutes(run, trial, training_batches, train_step, score):
+def within_minutes(run, trial, train_step, score):
     """The same run, with as many whole steps as fit into --minutes, validation and saving included.
 
-    `trial` is a copy of the run, to be thrown away; the others are the functions of the loop in train.py.
+    `trial` is a copy of the run, to be thrown away; the functions are those of train.py.
     """
     rng = devices.rng_state(trial.device)
     per_epoch = trial.steps_per_epoch
-    epochs = (training_batches(trial, epoch * per_epoch, (epoch + 1) * per_epoch) for epoch in itertools.count())
-    batches = itertools.chain.from_iterable(epochs)
+    batches = build.training_batches(trial, 0)
+    finetune.train_mode(trial.model)
 
     def step():
-        finetune.train_mode(trial.model)
-        train_step(trial, *next(batches), seed=0)
+        train_step(trial, *next(batches))
         if trial.ema:
             trial.ema.update(trial.model)
 
@@ -46,9 +45,9 @@ def within_minutes(run, trial, training_batches, train_step, score):
             checkpoints.save(content, Path(folder) / "trial.pt")
 
     others = [(save, 1.0)]
-    count = len(trial.val.labels)
+    count = len(trial.val_set.labels)
     if count:
-        some = type(trial.val)(trial.val.images[:SOME], trial.val.labels[:SOME])
+        some = data.Split(trial.val_set.images[:SOME], trial.val_set.labels[:SOME])
         others.append((lambda: score(trial, some), count / len(some.labels)))
     steps = steps_within(60 * trial.args.minutes, step, per_epoch, others)
     devices.restore_rng(rng, trial.device)

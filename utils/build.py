@@ -27,11 +27,18 @@ def load_data(args):
         what = dataset.name, checkpoints.fingerprint(*dataset.train, *dataset.test)
         if any(other != what for other in distributed.all_gather(what)):
             raise ValueError(f"data {args.data} isn't the same in all processes: give every machine the same files")
-    dataset = data.normalised(dataset, args.mean, args.std)
-    train_split, val_split = data.split(dataset.train, args.val_split, args.seed)
+    count = dataset.train.images.shape[1]
+    for name in ("mean", "std"):
+        given = getattr(args, name)
+        if given is not None and len(given) not in (1, count):
+            shown = ",".join(str(x) for x in given)
+            raise ValueError(f"--{name} {shown} must be one value, or one for each of {count} channels")
+        if given is not None:
+            dataset = dataclasses.replace(dataset, **{name: given * (count // len(given))})
+    train_set, val_set = data.split(dataset.train, args.val_split, args.seed)
     if args.limit:
         try:
-            train_split = data.limit(train_split, args.limit, args.seed)
+            train_set = data.limit(train_set, args.limit, args.seed)
         except ValueError as error:  # the set may be the one to fall back to
             raise ValueError(f"{error} of {dataset.name}") from None
     size = dataset.train.images.shape[-1]
@@ -39,23 +46,39 @@ def load_data(args):
         raise ValueError(f"--crop-pad {args.crop_pad} must be less than the image's {size} pixels")
     if args.tta and size < 2:
         raise ValueError(f"--tta shifts the image by a pixel, these have {size}: leave it out")
-    return dataset, train_split, val_split
+    return dataset, train_set, val_set
 
 
-def augmentation(args, epoch):
-    """The options of augment.batches in an epoch."""
-    mixing = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
-    return {
-        "augment": args.augment,
-        "crop_pad": args.crop_pad,
-        "flip": args.flip,
-        "erase": args.reprob,
-        "mixup": args.mixup if mixing else 0.0,
-        "cutmix": args.cutmix if mixing else 0.0,
-    }
+def training_batches(run, step):
+    """Yield this process's share of each batch from a step on, augmented, without end.
+
+    As (images, labels, size of the whole batch).
+    """
+    args, dataset = run.args, run.dataset
+    while True:
+        epoch, first = divmod(step, run.steps_per_epoch)
+        mixing = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
+        options = {
+            "key": (args.seed, epoch),
+            "first": first,
+            "least": run.smallest_batch(distributed.world_size()),
+            "rank": distributed.rank(),
+            "world_size": distributed.world_size(),
+            "num_classes": len(dataset.classes),
+            "augment": args.augment,
+            "crop_pad": args.crop_pad,
+            "flip": args.flip,
+            "erase": args.reprob,
+            "mixup": args.mixup if mixing else 0.0,
+            "cutmix": args.cutmix if mixing else 0.0,
+        }
+        batches = augment.batches(run.train_set, args.batch_size, dataset.mean, dataset.std, run.device, **options)
+        for batch_size, (images, labels) in zip(run.batch_sizes[first:], batches, strict=True):
+            yield images, labels, batch_size
+            step += 1
 
 
-def make_model(args, dataset, train_split):
+def make_model(args, dataset, train_set):
     """A fresh model. Its weights depend on --seed, and on the training images if it can `whiten`."""
     torch.manual_seed(args.seed)
     _, channels, image_size, _ = dataset.train.images.shape
@@ -65,7 +88,7 @@ def make_model(args, dataset, train_split):
     except (ArithmeticError, AttributeError, TypeError, RuntimeError, MemoryError) as error:  # sizes beyond memory
         raise ValueError(f"--model {args.model} can't be built in these sizes: {str(error)[:100]}") from None
     if hasattr(model, "whiten"):
-        some = data.limit(train_split, min(512, len(train_split.labels)), args.seed)
+        some = data.limit(train_set, min(512, len(train_set.labels)), args.seed)
         images, _ = next(augment.batches(some, 512, dataset.mean, dataset.std, "cpu"))
         model.whiten(images)
     # Convolutions are faster with the channels last, matrices don't mind. L-BFGS can't flatten such gradients.

@@ -18,6 +18,7 @@ import io
 import math
 import os
 import pickletools
+import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -55,6 +56,11 @@ PLAIN = {"model_args", "classes", "mean", "std", "metrics", "args", "history", "
 DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool
 SCALARS = ("step", "mu_product")  # in an optimizer's state of a parameter; all else in it has the parameter's shape
 MOST_VALUES, DEEPEST = 1_000_000, 8  # a history has nine values an epoch
+DEEPEST_PICKLE = 100  # objects within objects, as Python pickles them
+# What a checkpoint's pickle may call: tensors, their memory, and the dicts of state dicts and of schedulers.
+HARMLESS = re.compile(
+    r"torch\._utils _rebuild_(tensor_v2|parameter)|torch (\w+Storage|Size)|collections (OrderedDict|Counter)"
+)
 
 
 def save(content: dict, path):
@@ -108,10 +114,11 @@ def load(path, *, keys: dict = KEYS) -> dict:
                     raise ValueError("it would unpack to more than its own size")
                 if damaged := file.testzip():
                     raise ValueError(f"the checksum of {damaged} in it is wrong")
-                for entry in (name for name in file.namelist() if name.endswith(".pkl")):
-                    for opcode, word, _ in pickletools.genops(file.read(entry)):
-                        if opcode.name == "GLOBAL" and word.endswith(" bytearray"):  # torch makes one of any size
-                            raise ValueError("it would take more memory than its own size")
+                if len({name.lower() for name in file.namelist()}) < len(file.namelist()):
+                    raise ValueError("it holds two entries of one name")
+                for entry in file.namelist():
+                    if entry.lower().endswith(".pkl"):
+                        _inspect(file.read(entry))
             # A tensor that is larger than what the file holds of it can't grow in mapped memory: torch rejects it.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except ImportError:
@@ -123,19 +130,52 @@ def load(path, *, keys: dict = KEYS) -> dict:
     return copy.deepcopy(content)  # out of the mapped file, which may be replaced now
 
 
+def _inspect(pickled: bytes):
+    """Raise ValueError for a pickle that torch would read, but that might take all memory, or crash the interpreter.
+
+    Some of the functions that torch would call for it make objects of any size. And hashing a tuple, as a key, goes
+    through all that lies in it, once for each place where it lies, as deep as it lies.
+    """
+    stack, marks, memo = [], [], {}  # depth and size of each object on the unpickler's stack; where its marks are
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == "GLOBAL" and not HARMLESS.fullmatch(argument):
+            raise ValueError(f"it holds a {argument.replace(' ', '.')}")
+        before = opcode.stack_before
+        if opcode.name == "MARK":
+            marks.append(len(stack))
+        elif opcode.name.endswith("PUT"):
+            memo[argument] = stack[-1]
+        elif opcode.name.endswith("GET"):
+            stack.append(memo[argument])
+        else:
+            start = len(stack) - len(before)
+            if pickletools.markobject in before:
+                start = marks.pop() - before.index(pickletools.markobject)
+            taken = stack[start:]
+            del stack[start:]
+            grows = opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # the first by the others
+            depth = 1 + max((depth for depth, _ in taken[grows:]), default=-1)
+            if grows:
+                depth = max(depth, taken[0][0])
+            size = 1 + sum(size for _, size in taken)
+            if depth > DEEPEST_PICKLE or size > 10 * MOST_VALUES:
+                raise ValueError("its objects lie too deep or too often within each other")
+            stack += [(depth, size)] * len(opcode.stack_after)
+
+
 def validate(path, content, keys: dict, size: int):
     """Raise ValueError for what no run leaves in a checkpoint of `size` bytes: all distrust of a file is here.
 
     What fits the model and the optimizer at hand, load_state_dict and optimizer_state tell.
     """
-    wrong = [name for name in keys if not isinstance(content, dict) or not isinstance(content.get(name), keys[name])]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a checkpoint of this train.py: it holds no names")
+    wrong = [name for name in keys if not isinstance(content.get(name), keys[name])]
     if wrong:
         wanted = f"it has no valid {', '.join(wrong)}"
         if keys == RESUME_KEYS and not KEYS.keys() & set(wrong):
             wanted = "only a run's last.pt can be resumed"
         raise ValueError(f"{path} is not a checkpoint of this train.py: {wanted}")
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a checkpoint of this train.py: it holds no names")
 
     def damaged(what):
         return ValueError(f"{path} is damaged: {what}")
@@ -167,7 +207,7 @@ def validate(path, content, keys: dict, size: int):
 
 def _walk(content, size, tensors=True):
     """Raise ValueError unless a nested value has plain types, a bounded size, and tensors as they are saved."""
-    seen, stack = 0, [(content, 0, "it")]
+    seen, held, stack = 0, 0, [(content, 0, "it")]
     while stack:
         value, depth, name = stack.pop()
         seen += 1
@@ -180,7 +220,8 @@ def _walk(content, size, tensors=True):
             dense = value.is_contiguous() or (
                 value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
             )
-            if not dense or value.nbytes > size:
+            held += value.nbytes  # of tensors that share their memory, too: most models need it for each
+            if not dense or held > 2 * size:  # tied weights lie in the file once
                 raise ValueError(f"{name} is no tensor that the file could hold")
         elif isinstance(value, dict):
             for key, inner in value.items():

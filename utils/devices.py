@@ -67,7 +67,7 @@ def device_name(device: torch.device) -> str:
 
 
 class SharedMachine:
-    """A context for the training loop that says once, in one line, that others use this machine's processors too.
+    """A context for the training loop that hints once, in one line, that others may use this machine's processors too.
 
     On an idle machine a thread that trains nearly always has a processor. On a shared one OpenMP's threads wait for
     each other in loops, which take the processors from those that they wait for.
@@ -90,7 +90,7 @@ class SharedMachine:
         self.silent = True
         share = f"training had a processor for {on_processor / seconds:.0%} of the time"
         remedy = "OMP_WAIT_POLICY=passive or OMP_NUM_THREADS=1 may be several times faster"
-        self.log(f"this machine is shared, {share}: {remedy}")
+        self.log(f"{share}: if others use this machine, too, {remedy}")
 
 
 def rng_state(device: torch.device) -> dict:

@@ -26,23 +26,36 @@ class Failed(Exception):
     """The work failed after it had begun."""
 
 
+class Diverged(ArithmeticError):
+    """A loss or a weight that isn't finite."""
+
+    def __init__(self, what: str, step: int, lr: float):
+        remedy = "lower --lr, or add --warmup-epochs or --clip-grad 1"
+        super().__init__(f"{what} by step {step:,}, learning rate {lr:.3g}: {remedy}")
+
+
 class Interrupted(BaseException):
     """A signal, by its number, that asks the process to end before there is anything to save."""
 
 
 def one_line(text) -> str:
     """A message as one printable line: control characters are escaped, the middle of a very long one is left out."""
-    text = " ".join(str(text).split())
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    text = text.encode("utf-8", "backslashreplace").decode()
+    text = printable(" ".join(str(text).split()))
     if len(text) > LONGEST:
         half = LONGEST // 2
         text = f"{text[:half]} ... {text[-half:]}"
     return text
 
 
+def printable(text: str) -> str:
+    """The same text with control characters escaped, but for the ends of lines, and what is no character."""
+    text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def show(line: str):
     """Print a line, in ASCII where the terminal knows no more."""
+    line = printable(line)
     try:
         print(line, flush=True)
     except UnicodeError:
@@ -111,8 +124,6 @@ def while_training(args):
     """What goes wrong in this context is a failure of a run that has begun: raises Failed."""
     try:
         yield
-    except Failed:
-        raise
     except (ValueError, OSError) as error:
         raise Failed(error) from None
     except Exception as error:

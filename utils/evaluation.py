@@ -21,7 +21,7 @@ def evaluate(model, split, dataset, device, precision, *, loss="ce", tta=False, 
     loss_of = losses.parse(loss)
     totals = devices.totals(device)
     rank, world_size = distributed.rank(), distributed.world_size()
-    size = batch_size(split[0].shape[1:])
+    size = batch_size(split.images.shape[1:])
     batches = augment.batches(split, size, dataset.mean, dataset.std, device, first=rank, every=world_size)
     for images, labels in batches:
         with devices.autocast(device, precision):
@@ -32,6 +32,18 @@ def evaluate(model, split, dataset, device, precision, *, loss="ce", tta=False, 
         totals[2] += len(labels)
     loss_sum, correct, images = distributed.all_reduce(totals).tolist()
     return loss_sum / images, correct / images
+
+
+def test(checkpoint, path, *, data, data_dir, device, amp):
+    """Test a checkpoint as its run did. Returns the dataset, and the mean loss and accuracy on its test images."""
+    dataset = models.dataset_for(checkpoint, data, data_dir, path)
+    device = distributed.local_device(devices.choose_device(device))
+    precision = devices.choose_precision(amp, device)
+    model = models.rebuild(checkpoint, path).to(device)
+    of_the_run = {"loss": "ce", "tta": False, "flip": False} | checkpoint["args"]
+    options = {name: of_the_run[name] for name in ("loss", "tta", "flip")}
+    loss, acc = evaluate(model, dataset.test, dataset, device, precision, **options)
+    return dataset, loss, acc
 
 
 def test_line(dataset, loss, acc, tta, note=""):
@@ -50,12 +62,8 @@ def test_checkpoint(args):
     checkpoint = checkpoints.load(args.eval)
     if "model" in args.given and args.model != checkpoint["model"]:
         raise ValueError(f"{args.eval} holds a {checkpoint['model']}, not --model {args.model}")
-    options = {"data": "shapes", "loss": "ce", "tta": False, "flip": False, "amp": "auto"} | checkpoint["args"]
-    name = args.data if "data" in args.given else options["data"]
-    dataset = models.dataset_for(checkpoint, name, args.data_dir, args.eval)
-    device = distributed.local_device(devices.choose_device(args.device))
-    precision = devices.choose_precision(args.amp if "amp" in args.given else options["amp"], device)
-    model = models.rebuild(checkpoint, args.eval).to(device)
-    how = {name: options[name] for name in ("loss", "tta", "flip")}
-    loss, acc = evaluate(model, dataset.test, dataset, device, precision, **how)
-    errors.show(test_line(dataset, loss, acc, how["tta"]))
+    of_the_run = {"data": "shapes", "tta": False, "amp": "auto"} | checkpoint["args"]
+    data, amp = (getattr(args, name) if name in args.given else of_the_run[name] for name in ("data", "amp"))
+    where = {"data": data, "data_dir": args.data_dir, "device": args.device, "amp": amp}
+    dataset, loss, acc = test(checkpoint, args.eval, **where)
+    errors.show(test_line(dataset, loss, acc, of_the_run["tta"]))

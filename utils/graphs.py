@@ -30,7 +30,7 @@ def obstacle(run) -> str:
         return f"can't record --opt {args.opt}, only {', '.join(RECORDABLE)}"
     if distributed.world_size() > 1:
         return f"is for one process, not {distributed.world_size()}"
-    if args.batch_size > len(run.train.labels):
+    if args.batch_size > len(run.train_set.labels):
         return f"needs full batches: --batch-size {args.batch_size} is more than all images"
     return ""
 
@@ -52,11 +52,11 @@ def recorded(train_step: Callable, run, log: Callable) -> Callable:
         return train_step
 
     def whole_step(images, labels):
-        return train_step(run, images, labels, len(images), seed=0)
+        return train_step(run, images, labels, len(images))
 
     graphed = GraphedStep(whole_step, run.model, run.optimizer, batch_size=run.args.batch_size, log=log)
 
-    def replayed_step(run, images, labels, batch_size, seed):  # in one process, of an optimizer that reads no seed
+    def replayed_step(run, images, labels, batch_size):  # in one process, where the batch is whole
         return graphed(images, labels)
 
     return replayed_step

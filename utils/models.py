@@ -10,6 +10,7 @@ import data
 import mlp_mnist
 import vit
 from utils import checkpoints, devices, distributed
+from utils.finetune import few
 
 # A model is a keyword-only nn.Module in a file with RECIPE, add_args(parser) and build(args, *, image_size, channels,
 # num_classes). To add one, name its file and its class here. Its class needs
@@ -77,13 +78,6 @@ def check_same_kind(checkpoint: dict, path, classes: list, images: torch.Tensor)
     if images.shape[1:] != (channels, size, size):
         found = "x".join(str(n) for n in images.shape[1:])
         raise ValueError(f"{path} knows images of {channels}x{size}x{size}, these are {found}")
-
-
-def few(names) -> str:
-    """The first of many names."""
-    names = [str(name)[:40] for name in names]
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
 
 
 def load_teacher(path, dataset, device, precision):

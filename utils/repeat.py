@@ -58,9 +58,12 @@ def run_seed(args, run_once):
                 other = arguments.flag_name(name)
                 raise ValueError(f"--out {folder.parent} holds runs with another {other}: name another")
     if result and result["stopped"] != "interrupted":
-        print(f"{folder} is finished")
+        dataset, _, _ = build.load_data(arguments.changed(args, data=result["args"]["data"]))
+        if checkpoint and checkpoint["images"] != checkpoints.fingerprint(*dataset.train):
+            raise ValueError(f"--out {folder.parent} holds runs on other images or labels: name another")
+        run_folder.print_line(f"{folder} is finished")
         return result, errors.STATUS_OF.get(result["stopped"], 0)
     if checkpoint:
         before = {name: saved[name] for name in ("data", "epochs", "warmup_epochs")}
-        args = arguments.changed(args, resume=str(folder / "last.pt"), out=None, **before)
+        args = arguments.changed(args, resume=str(folder / "last.pt"), **before)
     return run_once(args, checkpoint)

@@ -26,7 +26,7 @@ def best_content(run, progress) -> dict:
 
 
 def last_content(run, progress) -> dict:
-    """What last.pt holds: the same for the latest step, and all that a resumed run needs to go on bit for bit.
+    """What last.pt holds: the same for the latest step, and all that a resumed run needs to be bitwise identical.
 
     To be called in all processes.
     """
@@ -61,8 +61,8 @@ def restore(run, progress, checkpoint: dict):
             raise ValueError("the training images or labels are not those that it was trained on")
         if run.teacher and checkpoint.get("teacher") != run.teacher.fingerprint:
             raise ValueError(f"--teacher {run.args.teacher} is not the model that it was taught by")
-        least = 2 * len(checkpoint["rng"]) if run.has_batch_norm else 1
-        if len(augment.bounds(len(run.train.labels), run.args.batch_size, least)) != run.steps_per_epoch:
+        least = run.smallest_batch(len(checkpoint["rng"]))
+        if len(augment.bounds(len(run.train_set.labels), run.args.batch_size, least)) != run.steps_per_epoch:
             raise ValueError(f"with {len(checkpoint['rng'])} processes its epochs had other batches: start as many")
         if run.ema:
             run.ema.load_state_dict({"model": checkpoint["state_dict"], "updates": checkpoint["ema"]["updates"]})
@@ -76,6 +76,8 @@ def restore(run, progress, checkpoint: dict):
         if distributed.rank() < len(checkpoint["rng"]):
             devices.restore_rng(checkpoint["rng"][distributed.rank()], run.device)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        if devices.is_out_of_memory(error):
+            raise
         raise ValueError(f"--resume can't go on with this file and these images: {str(error)[:200]}") from None
     if distributed.rank() == 0:  # they are those of all processes
         progress.totals.copy_(checkpoint["totals"])
@@ -110,11 +112,18 @@ def open_folder(run, progress, best: dict | None) -> run_folder.RunFolder:
     return folder
 
 
-def changes(args, checkpoint: dict) -> str:
-    """A line on where a resumed run goes on, and what is not as it was."""
-    line = f"going on after step {checkpoint['step']:,} of {args.resume}"
-    for name, old in checkpoint["args"].items():
-        new = getattr(args, name)
-        if name in args.given and name != "resume" and new != old:
-            line += f", {arguments.flag_name(name)} {old} -> {new}"
-    return line
+def log_beginning(run, folder, checkpoint: dict | None):
+    """Log what the run is, where a resumed one goes on and what is not as it was, and where it's written."""
+    args = run.args
+    for line in run_folder.describe(run):
+        folder.log(line)
+    if checkpoint:
+        line = f"going on after step {checkpoint['step']:,} of {args.resume}"
+        for name, old in checkpoint["args"].items():
+            new = getattr(args, name)
+            if name in args.given and name != "resume" and new != old:
+                line += f", {arguments.flag_name(name)} {str(old)[:100]} -> {new}"
+        folder.log(line)
+    folder.log(f"writing to {folder.path}")
+    if args.tensorboard:
+        folder.open_events()

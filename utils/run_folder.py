@@ -176,7 +176,10 @@ def _claim(out, default, going_on):
         except (OSError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or error
             raise ValueError(f"--out {path} can't be written ({why}): name another folder") from None
-    raise ValueError(f"--out {candidates[0]} holds a run already: name another folder, or --resume its last.pt")
+    remedy = "name another folder"
+    if (candidates[0] / "last.pt").exists():
+        remedy += ", or --resume its last.pt"
+    raise ValueError(f"--out {candidates[0]} holds a run already: {remedy}")
 
 
 def holds_run(path: Path) -> bool:
@@ -234,20 +237,59 @@ def describe(run) -> list[str]:
     how = run.precision + ", compiled" * args.compile
     parameters = sum(p.numel() for p in run.model.parameters())
     shape = "x".join(str(n) for n in dataset.train.images.shape[1:])
-    counts = f"{len(run.train.labels):,} images to train on, {len(run.val.labels):,} to validate"
+    counts = f"{len(run.train_set.labels):,} images to train on, {len(run.val_set.labels):,} to validate"
     lines = [
         f"$ {arguments.command()}",
         f"torch {torch.__version__}, python {platform.python_version()}, {devices.device_name(run.device)}, {how}",
         f"{dataset.name}: {counts}, {len(dataset.test.labels):,} to test; {len(dataset.classes)} classes, {shape}",
         f"{args.model}: {parameters:,} parameters; {args.opt}, {args.sched}, {args.epochs:g} epochs, batches of "
         f"{args.batch_size}",
-        *optimizers.describe_groups(run.model, run.optimizer),
+        *describe_groups(run.model, run.optimizer),
     ]
     if dataset.note:
         lines.insert(1, dataset.note.strip())
     if distributed.world_size() > 1:
         lines.append(f"{distributed.world_size()} processes share every batch")
     return lines
+
+
+def describe_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """A line for each initial learning rate, the highest first: its layers, and how many of their numbers decay."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    by_lr = {}
+    for group in optimizer.param_groups:
+        by_lr.setdefault(group["initial_lr"], []).append(group)
+    lines = []
+    for lr, groups in sorted(by_lr.items(), reverse=True):
+        inside = {names[id(p)] for group in groups for p in group["params"]}
+        shown = prefixes([name for name in names.values() if name in inside], names.values())
+        line = f"lr {lr:.3g}: {', '.join(shown)} ({size_of(groups):,} parameters"
+        decaying = [group for group in groups if group.get("weight_decay")]
+        if decaying:
+            line += f", {size_of(decaying):,} with weight decay {decaying[0]['weight_decay']:g}"
+        by_muon = [group for group in groups if group.get("use_muon")]
+        if by_muon:
+            line += f", {size_of(by_muon):,} by Muon"
+        lines.append(f"{line})")
+    return lines
+
+
+def size_of(groups: list[dict]) -> int:
+    return sum(p.numel() for group in groups for p in group["params"])
+
+
+def prefixes(chosen, known):
+    """The shortest prefixes that name all the chosen parameters and no other; in the middle of many, ..."""
+    found = {}
+    for name in chosen:
+        words = name.split(".")
+        for count in range(1, len(words) + 1):
+            prefix = ".".join(words[:count])
+            if all(other in chosen for other in known if optimizers.lies_in(other, prefix)):
+                found[prefix] = None
+                break
+    found = list(found)
+    return [*found[:3], "...", *found[-2:]] if len(found) > 6 else found
 
 
 def epoch_line(row: dict, epochs: int, is_best: bool, seconds_left: float) -> str:
