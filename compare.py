@@ -219,7 +219,9 @@ def draw(rows, results, path):
         return "no compare.png: pip install matplotlib"
     except Exception as error:  # as of a run's curves: a plot is no reason to fail
         return f"no compare.png ({errors.one_line(error)[:200]})"
-    return f"compare.png shows {'all' if len(curves) == len(names) else f'the best {len(curves)} of'} {len(names)}."
+    if len(curves) < len(names):
+        return f"compare.png shows the best {len(curves)} of {len(names)}."
+    return "compare.png shows their curves."
 
 
 def command(argv):
