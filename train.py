@@ -234,9 +234,9 @@ def train(run, progress, folder, caught):
     """
     args, history = run.args, progress.history
     take_step = graphs.recorded(train_step, run, folder.log)
-    watch = devices.SharedMachine(run.device, folder.log)
+    hint = devices.SharedMachineHint(run.device, folder.log)
     while progress.step < run.total_steps:
-        best = find_best(args, history)
+        best = find_best(args, history)  # at the top: a resumed run may have waited long enough already
         if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
             folder.log(explain(run, history, best))
             if args.sched in ("cosine", "linear", "onecycle") and args.t_max is None:
@@ -244,13 +244,13 @@ def train(run, progress, folder, caught):
             return "early stop"
         epoch_end = (progress.step // run.steps_per_epoch + 1) * run.steps_per_epoch
         end = min(epoch_end, run.total_steps)
-        with watch:
+        with hint:
             train_until(run, end, progress, folder, caught, take_step)
         if progress.step == end:
             finish_epoch(run, progress, folder)
         if distributed.all_max(len(caught)):
             return "interrupted"
-    return "time budget" if args.minutes else "finished"
+    return "time budget" if args.minutes else "finished"  # its steps were counted beforehand
 
 
 def train_until(run, end, progress, folder, caught, take_step):

@@ -174,7 +174,7 @@ def test_a_shared_machine_is_hinted_at_once(seconds, on_processor, policy, said,
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     lines = []
     for device in ("cpu", "cuda"):
-        shared = devices.SharedMachine(torch.device(device), lines.append)
+        shared = devices.SharedMachineHint(torch.device(device), lines.append)
         shared.tell(seconds, on_processor)
         shared.tell(seconds, on_processor)
     assert len(lines) == said

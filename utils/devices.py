@@ -66,7 +66,7 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-class SharedMachine:
+class SharedMachineHint:
     """A context for the training loop that hints once, in one line, that others may use this machine's processors too.
 
     On an idle machine a thread that trains nearly always has a processor. On a shared one OpenMP's threads wait for
