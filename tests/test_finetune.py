@@ -1,5 +1,6 @@
 """Tests: finetune."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -50,6 +51,10 @@ def test_timm_weights_give_timm_output():
         lambda w: w.pop("blocks.1.mlp.fc2.bias"),
         lambda w: w.update(pos_embed=torch.zeros(1, 4, 128)),
         lambda w: [w.pop(name) for name in list(w) if name.startswith("blocks.")],
+        lambda w: w.update({"head.weight": torch.tensor(1.0)}),
+        lambda w: w.update({"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}),
+        lambda w: w.update({"blocks.1000000.norm1.weight": torch.ones(128)}),
+        lambda w: w.update(epoch=3),
     ],
 )
 def test_other_weights_of_timm_are_refused(change, tiny, capsys):
@@ -61,6 +66,15 @@ def test_other_weights_of_timm_are_refused(change, tiny, capsys):
     assert call("--model", "vit", "--init", "timm.pt", *TINY) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1 and "timm.pt" in said
+
+
+def test_bare_weights_that_are_no_numbers_are_refused(tiny, capsys):
+    weights = timm_weights()
+    weights["blocks.1.norm1.weight"][3] = math.nan
+    torch.save(weights, "timm.pt")
+    assert call("--model", "vit", "--init", "timm.pt", *TINY) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "blocks.1.norm1.weight in it holds values that are not finite" in said
 
 
 def test_positions_are_interpolated():

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from conftest import (
     weights,
     write_folder,
     write_idx,
+    write_mnist,
 )
 from PIL import Image
 
@@ -814,3 +817,44 @@ def test_a_full_disk_costs_an_export_one_line(tiny):
     done = python("-c", code, HERE, "run/best.pt", "--export", "model.pt2", cwd=tiny)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "too large" in done.stderr, done.stderr
     assert not list(tiny.glob("model*"))
+
+
+def test_images_of_a_pixel_have_no_shifted_views(tiny, capsys):
+    write_folder(tiny / "pets", (4, 4))
+    flags = "--model mlp --hidden 8 --data pets --img-size 1 --crop-pad 0 --epochs 1 --val-split 4 --device cpu".split()
+    assert call(*flags, "--tta", "--out", "run") == 2
+    one_line(capsys, "--tta shifts the image by a pixel")
+    assert not Path("run").exists() and call(*flags, "--out", "run") == 0
+
+
+@pytest.mark.parametrize(
+    "train_count, test_count, size, said",
+    [(10, 30, (28, 28), "have changed places"), (30, 10, (56, 14), "expected squares"), (30, 10, (14, 56), "squares")],
+)
+def test_files_of_mnist_that_no_mnist_has(train_count, test_count, size, said, tmp_path):
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", train_count), ("t10k", test_count)):
+        write_idx(raw / f"{part}-images-idx3-ubyte", torch.zeros(count, *size, dtype=torch.uint8))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", (torch.arange(count) % 10).byte())
+    with pytest.raises(ValueError, match=said):
+        datasets.load("mnist", tmp_path)
+
+
+def test_of_several_that_need_a_set_one_downloads_it(tmp_path, monkeypatch):
+    calls, loaded = [], []
+
+    def download(name, cls, root, new):
+        calls.append(name)
+        time.sleep(0.3)
+        write_mnist(root)
+
+    monkeypatch.setattr(datasets, "_download", download)
+    root = tmp_path / "data"
+    threads = [threading.Thread(target=lambda: loaded.append(datasets.load("mnist", root))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert calls == ["mnist"] and len(loaded) == 3
+    assert all(torch.equal(one.train.images, loaded[0].train.images) for one in loaded)
