@@ -671,11 +671,9 @@ def test_python_in_development_mode_shows_the_traceback(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(HERE)!r}); import train; train.prepare = lambda args: 1 / 0; train.main()"
     )
-    for options in ([], ["-X", "dev"]):
-        command = [sys.executable, *options, "-W", "ignore", "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert "ZeroDivisionError" in done.stderr
-        assert ("Traceback" in done.stderr) == bool(options)
+    command = [sys.executable, "-X", "dev", "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
 
 
 def with_pickle(path, pickled):
@@ -707,11 +705,10 @@ def test_pickles_that_end_the_interpreter_or_fill_the_memory_are_one_line(tiny, 
             one_line(capsys, name, words)
 
 
-def test_a_long_history_is_not_deep(tiny):
-    content = {
-        "rows": [{"epoch": i, "loss": 0.5} for i in range(150_000)],
-        "names": {str(i): (i, i) for i in range(5000)},
-    }
+def test_a_long_history_is_not_deep(tiny, monkeypatch):
+    """Python pickles a list a thousand values at a time: none of these steps is a level."""
+    monkeypatch.setattr(checkpoints, "DEEPEST_PICKLE", 8)
+    content = {"rows": [{"epoch": i} for i in range(10_000)], "names": {str(i): (i, i) for i in range(10_000)}}
     checkpoints.save(content, "long.pt")
     assert checkpoints.load("long.pt", keys={}) == content
 

@@ -134,6 +134,13 @@ def test_tensorboard_gets_what_the_table_has(tiny, monkeypatch):
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without their plots, which take a second."""
+    for name in ("draw_confusion", "draw_mistakes", "draw_reliability"):
+        monkeypatch.setattr(report, name, lambda *args: None)
+
+
+@pytest.fixture
 def trained(tiny):
     """Tiny checkpoints by name, of models with random heads, made without training."""
 
@@ -298,14 +305,14 @@ def test_report(trained, tiny, capsys):
     assert sizes == {"confusion.png": (1185, 1065), "mistakes.png": (1350, 1800), "reliability.png": (900, 900)}
 
 
-def test_report_says_that_it_takes_no_tta(trained, tiny, capsys):
+def test_report_says_that_it_takes_no_tta(trained, undrawn, tiny, capsys):
     content = checkpoints.load("cnn.pt")
     checkpoints.save(content | {"args": content["args"] | {"tta": True}}, "tta.pt")
     assert predict.main(["tta.pt", "--report", "shapes"]) == 0
     assert "without TTA" in capsys.readouterr().out.splitlines()[0]
 
 
-def test_report_of_a_pupil_and_of_a_folder_by_another_name(trained, tiny, monkeypatch, capsys):
+def test_report_of_a_pupil_and_of_a_folder_by_another_name(trained, undrawn, tiny, monkeypatch, capsys):
     flags = "--model cnn --widths 4 --data shapes --epochs 1 --device cpu".split()
     assert call(*flags, "--teacher", "cnn.pt", "--out", "pupil") == 0
     capsys.readouterr()
@@ -449,7 +456,7 @@ def test_hidden_folders_are_left_out(trained, tiny, capsys):
     ]
 
 
-def test_report_without_images_to_fit_a_temperature_on(trained, tiny, capsys):
+def test_report_without_images_to_fit_a_temperature_on(trained, undrawn, tiny, capsys):
     content = checkpoints.load("cnn.pt")
     checkpoints.save(content | {"images": checkpoints.fingerprint(*datasets.shapes().train) + 1}, "changed.pt")
     checkpoints.save(content | {"args": content["args"] | {"val_split": 5000.0}}, "large.pt")
