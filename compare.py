@@ -173,10 +173,12 @@ def rank(results, failures, variants):
 
 def reject_another(out, variants):
     """Raise ValueError if a folder holds the table of a comparison of which something would be lost."""
+    if not (out / "compare.json").is_file():
+        return
     try:
         rows = json.loads((out / "compare.json").read_text())["variants"]
         lost = [row["name"] for row in rows if row["name"] not in variants]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # none, or not ours
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # not ours
         return
     if lost:
         few = ", ".join(str(name) for name in lost[:3])

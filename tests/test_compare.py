@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -255,3 +257,25 @@ def test_an_empty_folder_name_is_one_line(flags, tiny, capsys):
         compare.make_parser().parse_known_args([*BASE, "--vary", "lr=0.1,0.001", *flags])
     said = capsys.readouterr().err
     assert '"" is empty' in said and len(said.splitlines()) == 1
+
+
+def test_pipes_beside_a_comparison_are_not_waited_for(tiny, monkeypatch):
+    drawn(monkeypatch)
+    flags = [*BASE, "--vary", "lr=0.1,0.001", "--out", "c"]
+    assert compared(*flags) == 0
+    before = content("c")["variants"]
+    for path in (Path("c/compare.json"), Path("c/lr-0.1/seed-0/result.json")):
+        path.unlink()
+        os.mkfifo(path)
+
+    def too_long(*args):
+        raise TimeoutError("a pipe was waited for")
+
+    old = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(30)
+    try:
+        assert compared(*flags) == 0
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+    assert [row["val_acc"] for row in content("c")["variants"]] == [row["val_acc"] for row in before]

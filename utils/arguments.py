@@ -98,8 +98,9 @@ def began(folder: Path) -> bool:
 
 def ended(folder: Path) -> bool:
     """Does a folder hold the whole result of a run that wasn't interrupted?"""
+    result = folder / "result.json"
     try:
-        return json.loads((folder / "result.json").read_text())["stopped"] != "interrupted"
+        return result.is_file() and json.loads(result.read_text())["stopped"] != "interrupted"
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
