@@ -261,7 +261,7 @@ def command(argv):
                 failures[row["name"]] += 1
 
     one = next((runs[0] for runs in results.values() if runs), {})
-    names = sorted({result["data"] for runs in results.values() for result in runs})
+    names = sorted({str(result["data"]) for runs in results.values() for result in runs})
     tested = any("test_acc" in row for row in rows)
     lines = [*table(rows), "", TEST_NOTE[own.test if tested else "none"]]
     if one:

@@ -279,3 +279,13 @@ def test_pipes_beside_a_comparison_are_not_waited_for(tiny, monkeypatch):
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old)
     assert [row["val_acc"] for row in content("c")["variants"]] == [row["val_acc"] for row in before]
+
+
+def test_results_that_name_no_set_cost_no_table(tiny, monkeypatch):
+    drawn(monkeypatch)
+    flags = [*BASE, "--vary", "lr=0.1,0.001", "--out", "c"]
+    assert compared(*flags) == 0
+    for path, name in zip(sorted(Path("c").glob("*/seed-0/result.json")), (["pets"], True), strict=True):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": name}))
+    assert compared(*flags) == 0
+    assert content("c")["data"] == "True, ['pets']"
