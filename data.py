@@ -177,11 +177,12 @@ def _from_torchvision(name, root, read_only):
         raise ValueError(f"{name} in {root} is damaged ({error!r}): remove it to load it again") from error
     classes = [c.split(" - ")[0] for c in train.classes]  # "3 - three" is how torchvision names a digit
     train, test = _as_split(train), _as_split(test)
-    for images in (train.images, test.images):
-        grey = images[:1000].float().mean().item() / 255
-        other = min(GREY, key=lambda known: abs(GREY[known] - grey))
-        if name in GREY and len(images) >= 10_000 and name != other:
-            raise ValueError(f"{name} in {root} is damaged: it holds the images of {other}")
+    if name in GREY:
+        for images in (train.images, test.images):
+            grey = images[:1000].float().mean().item() / 255
+            other = min(GREY, key=lambda known: abs(GREY[known] - grey))
+            if len(images) >= 10_000 and name != other:
+                raise ValueError(f"{name} in {root} is damaged: it holds the images of {other}")
     mean, std = CONSTANTS.get(name) or pixel_stats(train.images)
     return Dataset(name, classes, mean, std, train, test)
 
