@@ -29,6 +29,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import plot
 import train
 from utils import arguments, checkpoints, errors, evaluation, models, repeat, run_folder
+from utils.finetune import few
 
 TEST_NOTE = {
     "winner": "The test set was read for the winner by validation alone.",
@@ -181,8 +182,7 @@ def reject_another(out, variants):
     except (OSError, ValueError, LookupError, TypeError, RecursionError):  # not ours
         return
     if lost:
-        few = ", ".join(str(name) for name in lost[:3])
-        raise ValueError(f"--out {out} holds a comparison with {few}, which this one lacks: name another folder")
+        raise ValueError(f"--out {out} holds a comparison with {few(map(str, lost))}, which this one lacks: name another folder")
 
 
 def percent(mean, std):
