@@ -182,7 +182,8 @@ def reject_another(out, variants):
     except (OSError, ValueError, LookupError, TypeError, RecursionError):  # not ours
         return
     if lost:
-        raise ValueError(f"--out {out} holds a comparison with {few(map(str, lost))}, which this one lacks: name another folder")
+        held = f"--out {out} holds a comparison with {few(map(str, lost))}"
+        raise ValueError(f"{held}, which this one lacks: name another folder")
 
 
 def percent(mean, std):
