@@ -12,7 +12,6 @@ The variants take turns, several times over; speeds are medians over the turns, 
 """
 
 import itertools
-import json
 import math
 import os
 import signal
@@ -243,7 +242,7 @@ def command(argv):
         "device": devices.device_name(device),
         "torch": torch.__version__,
         "commit": run_folder.commit(),
-        "command": arguments.command(),
+        "command": arguments.typed(),
     }
     if args.until:
         result["until"] = until(args.until, own)
@@ -252,7 +251,7 @@ def command(argv):
             result[name] = measure([*MODELS[name].split(), *own], args.turns, args.seconds)
             report(name, result[name])
     if args.out:
-        checkpoints.write((json.dumps(result, indent=1) + "\n").encode(), args.out)
+        checkpoints.write_json(result, args.out)
         run_folder.print_line(f"wrote {args.out}")
 
 

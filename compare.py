@@ -269,7 +269,7 @@ def command(argv):
         lines.append(f"Trained on {', '.join(names)}; {one['device']}; {one['amp']}.")
     lines.append(draw(rows, results, out / "compare.png"))
     content = {
-        "command": arguments.command(),
+        "command": arguments.typed(),
         "flags": rest,
         "data": ", ".join(names) or None,
         "device": one.get("device"),
@@ -280,9 +280,9 @@ def command(argv):
         "seeds": list(range(own.seed, own.seed + own.runs)),
         "variants": rows,
     }
-    checkpoints.write((json.dumps(content, indent=1) + "\n").encode(), out / "compare.json")
+    checkpoints.write_json(content, out / "compare.json")
     checkpoints.write(
-        ("\n".join([f"`{arguments.command()}`", "", *lines]) + "\n").encode("utf-8", "backslashreplace"),
+        ("\n".join([f"`{arguments.typed()}`", "", *lines]) + "\n").encode("utf-8", "backslashreplace"),
         out / "compare.md",
     )
     run_folder.print_line("\n".join(["", *lines]))

@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,9 @@ def load(name, data_dir="data", *, img_size: int | None = None, fallback=False, 
             dataset = shapes()
             dataset.note = f"{error}\nFalling back to the embedded set 'shapes': the results below are not for {name}."
     elif Path(name).is_dir():
-        dataset = _from_folder(Path(name), Path(data_dir), img_size, read_only)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # of large or half transparent images, which it reads
+            dataset = _from_folder(Path(name), Path(data_dir), img_size, read_only)
     else:
         known = ", ".join(NAMES)
         raise ValueError(f"data {name} is unknown: choose {known} or a folder that holds train/<class>/*")

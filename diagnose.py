@@ -180,8 +180,8 @@ def gradients(checked):
     run = checked.run
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     parameters = dict(run.model.named_parameters())
-    chosen = {name for name in parameters if any(f"{name}.".startswith(f"{prefix}.") for prefix in run.args.freeze)}
-    frozen = chosen.union(getattr(run.model, "fixed", ()))
+    frozen = {name for prefix in run.args.freeze for name in finetune.below(prefix, parameters)}
+    frozen.update(getattr(run.model, "fixed", ()))
     wanted = {name: p for name, p in parameters.items() if name not in frozen}
     still = [name for name, p in wanted.items() if name not in checked.reached or id(p) not in held]
     found = f"{len(wanted) - len(still)} of {len(wanted)} parameters learn"

@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -347,7 +348,8 @@ def command(argv):
     mode = check(args)
     device = devices.choose_device(args.device)
     checkpoint = checkpoints.load(args.checkpoint)
-    with checkpoints.blamed(args.checkpoint):
+    with checkpoints.blamed(args.checkpoint), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # of large or half transparent images, which it reads
         model = models.rebuild(checkpoint, args.checkpoint).to(device).eval()
         try:
             return ACTIONS[mode](args, checkpoint, model, device)

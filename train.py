@@ -55,7 +55,7 @@ class Run:
     teacher: Callable | None  # images -> logits
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # idle, except in fp16
-    schedule: Callable | None  # (epochs so far, monitored values) -> multiplier of the initial learning rates
+    schedule: Callable | None  # (epochs so far, monitored values) -> multiplier of the learning rates; see prepare()
 
     @property
     def eval_model(self):
@@ -115,11 +115,12 @@ def prepare(args) -> Run:
         args = arguments.changed(args, data="shapes")  # load_data fell back: the set can't be downloaded
     model = build.make_model(args, dataset, train_set).to(device)
     if distributed.rank():
-        torch.manual_seed(args.seed + distributed.rank())  # dropout of its own
+        torch.manual_seed(args.seed + distributed.rank())  # each process draws its own dropout
 
     if args.init and not args.resume:
         with checkpoints.blamed(args.init):
             start = models.read_init(args.init, args.model)
+            # The note is logged with the run's first lines.
             dataset.note += f"\nstart from {args.init}: {finetune.initialise(model, start, dataset.classes)}"
     finetune.freeze(model, args.freeze)
     teacher = models.load_teacher(args.teacher, dataset, device, precision) if args.teacher else None
@@ -234,7 +235,7 @@ def train(run, progress, folder, caught):
     """
     args, history = run.args, progress.history
     take_step = graphs.recorded(train_step, run, folder.log)
-    hint = devices.SharedMachineHint(run.device, folder.log)
+    hint = devices.SharedMachineHint(run.device, folder.log)  # says once if other programs slow this one down
     while progress.step < run.total_steps:
         best = find_best(args, history)  # at the top: a resumed run may have waited long enough already
         if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
@@ -282,7 +283,7 @@ def train_until(run, end, progress, folder, caught, take_step):
             raise errors.Diverged(f"the training loss is {loss_sum}", progress.step, args.lr * multiplier)
         if log:
             folder.log(f"  step {progress.step:,} of {run.total_steps:,}  train loss {loss_sum / seen:.4f}")
-        if (save or stop) and progress.step < end:
+        if (save or stop) and progress.step < end:  # at the end finish_epoch saves
             folder.save("last.pt", resume.last_content(run, progress))
         if stop:
             break
@@ -376,12 +377,12 @@ def finish(run, progress, folder, stopped):
 
 def run_once(args, checkpoint=None):
     """One run, from its arguments to its result. Returns (what result.json holds, exit status)."""
-    with checkpoints.blamed(args.resume):
+    with checkpoints.blamed(args.resume):  # what is raised here is wrong input, status 2; below a failed run, status 1
         run = prepare(args)
         progress = Progress(devices.totals(run.device))
         if checkpoint:
             resume.restore(run, progress, checkpoint)
-        folder = resume.open_folder(run, progress, find_best(run.args, progress.history))
+        folder = resume.folder_of_run(run, progress, find_best(run.args, progress.history))
     with folder, errors.while_training(args), errors.caught_signals() as caught:
         resume.log_beginning(run, folder, checkpoint)
         try:
@@ -391,7 +392,8 @@ def run_once(args, checkpoint=None):
             stopped = "non-finite loss"
         result = finish(run, progress, folder, stopped)
     number = distributed.all_max(caught[0] if caught else 0)  # of a signal, also one in the last test
-    return result, 128 + number if number else errors.STATUS_OF.get(stopped, 0)
+    status = 128 + number if number else errors.STATUS_OF.get(stopped, 0)
+    return result, status
 
 
 def command(argv=None):

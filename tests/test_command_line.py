@@ -25,7 +25,7 @@ WRONG = [
     "--crop-pad 32",
     "--smoothing 1", "--monitor test_acc", "--patience -1", "--min-delta nan", "--weight-decay -1",
     "--momentum 0.9", "--opt sgd --momentum 1", "--opt sgd --momentum 0 --nesterov", "--opt-betas 0.9",
-    "--opt-betas 0.9,1", "--clip-grad 0", "--warmup-epochs 1", "--warmup-epochs -1", "--min-lr 1", "--gamma 0.1",
+    "--opt-betas 0.9,1", "--clip-grad inf", "--warmup-epochs 1", "--warmup-epochs -1", "--min-lr 1", "--gamma 0.1",
     "--sched step --gamma 0", "--sched step --step-size 0", "--sched multistep --milestones 5,3",
     "--sched multistep --milestones a", "--t-max 0", "--t-max -1", "--sched restarts --t-0 -1",
     "--sched restarts --t-mult 0", "--sched plateau --patience-epochs -1",

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import socket
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,19 @@ def test_folder_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatch)
     assert data.load(str(root), cache, img_size=8).train[0].shape == (12, 3, 8, 8)
 
 
+def test_what_pillow_warns_of_is_read_in_silence(tmp_path, monkeypatch):
+    """An image beyond its limit, and a palette with transparency, while warnings are errors."""
+    root = write_folder(tmp_path / "pets", (40, 40))
+    palette = Image.new("P", (40, 40))
+    palette.putpalette([200, 0, 0] * 256)
+    palette.save(root / "train" / "cat" / "0.png", transparency=bytes([0, 128]))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = data.load(str(root), tmp_path / "data")
+    assert dataset.train.images[0, :, 0, 0].tolist() == [200, 0, 0]
+
+
 def test_files_that_change_places_are_decoded_again(tmp_path):
     """With the size and time of the other, as a copy with times leaves them."""
     root = write_folder(tmp_path / "pets")
@@ -203,6 +217,27 @@ def test_files_that_change_places_are_decoded_again(tmp_path):
     after = data.load(str(root), tmp_path).train[0]
     assert before[0, :, 0, 0].tolist() == after[7, :, 0, 0].tolist() == [255, 0, 0]
     assert before[7, :, 0, 0].tolist() == after[0, :, 0, 0].tolist() == [0, 0, 255]
+
+
+def test_two_processes_decode_a_folder_at_once(tmp_path, monkeypatch):
+    """The second one begins and ends while the first one writes its cache."""
+    root, save, once = write_folder(tmp_path / "pets"), torch.save, []
+
+    def overtaken(content, path):
+        save(content, path)
+        if not once:
+            once.append(path)
+            with monkeypatch.context() as other:
+                other.setattr(os, "getpid", lambda: 1)
+                once.append(data.load(str(root), tmp_path / "data"))
+
+    monkeypatch.setattr(torch, "save", overtaken)
+    first = data.load(str(root), tmp_path / "data")
+    cache = tmp_path / "data" / "cache"
+    assert first.note == once[1].note == "" and [file.suffix for file in cache.iterdir()] == [".pt"]
+    monkeypatch.setattr(data, "decode", None)
+    again = data.load(str(root), tmp_path / "data")
+    assert same(first.train.images, once[1].train.images) and same(first.train.images, again.train.images)
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), RuntimeError("write failed"), None])

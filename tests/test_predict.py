@@ -230,6 +230,13 @@ def test_predict_names_what_is_no_image_and_reads_the_rest(trained, tiny, capsys
     assert "note: files and links left out: 1 ('.txt')" in said.err
 
 
+def test_what_pillow_warns_of_is_predicted_in_silence(trained, tiny, monkeypatch, recwarn):
+    Image.new("RGB", (40, 40)).save("image.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert predict.main(["cnn.pt", "image.png"]) == 0
+    assert not list(recwarn)
+
+
 PREDICT_WRONG = [
     "nowhere.pt image.png", "text.pt image.png", "cnn.pt", "cnn.pt nowhere.png", "cnn.pt empty", "cnn.pt text.pt",
     "cnn.pt image.png --top 0", "cnn.pt image.png --top 11", "cnn.pt image.png --device tpu",

@@ -82,7 +82,7 @@ def split_flags(text: str) -> list[str]:
     return shlex.split(text)
 
 
-def command() -> str:
+def typed() -> str:
     """What the user typed, as far as Python knows it."""
     return shlex.join(["python", *sys.argv])
 
@@ -93,7 +93,7 @@ def began(folder: Path) -> bool:
     if not log.is_file():
         return False
     with open(log, encoding="utf-8", errors="replace") as file:
-        return file.readline() == f"$ {command()}\n"
+        return file.readline() == f"$ {typed()}\n"
 
 
 def ended(folder: Path) -> bool:
@@ -163,7 +163,7 @@ def make_parser(model, program="train.py"):
     group = parser.add_argument_group("optimizer")
     flag = group.add_argument
     flag("--opt", choices=optimizers.OPTIMIZERS, help="(%(default)s)")
-    flag("--clip-grad", type=float, metavar="X", help="largest norm of the gradient (%(default)s)")
+    flag("--clip-grad", type=float, metavar="X", help="largest norm of the gradient; 0: off (%(default)s)")
     flag("--ema", type=float, default=0.0, metavar="D", help="keep averaged weights, decay as of 0.999; 0: off")
     optimizers.add_args(group)
     group = parser.add_argument_group("schedule")
@@ -192,9 +192,9 @@ def parse(argv=None, program="train.py"):
     checkpoint = None
     if chosen.resume:
         checkpoint = distributed.on_main(lambda: checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS))
-        with checkpoints.blamed(chosen.resume):
-            rebuild(checkpoint, chosen.resume)  # its sizes are those of its weights: no larger model is built
     with checkpoints.blamed(chosen.resume):
+        if checkpoint:
+            rebuild(checkpoint, chosen.resume)  # its sizes are those of its weights: no larger model is built
         args = _parse(argv, program, chosen, checkpoint["args"] if checkpoint else None)
     return args, checkpoint
 
@@ -207,7 +207,7 @@ def _parse(argv, program, chosen, resumed):
     parser, recipe = make_parser(model, program), MODELS[model].RECIPE
     defaults = vars(parser.parse_args([]))
     parser.set_defaults(**recipe)  # so that --help shows them
-    unset = []  # an action that appends starts with a copy of it
+    unset = []  # stands for "not given"; a list, as actions that append start with a copy of it
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
 
@@ -318,7 +318,7 @@ RANGES = {
     "layer_decay": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "momentum": BELOW_1,
     "opt_betas": ("two numbers >= 0 and < 1", lambda x: all(0 <= b < 1 for b in x)),
-    "clip_grad": ("above 0", lambda x: x > 0),  # inf: off, where a recipe clips
+    "clip_grad": FROM_0,
 }
 
 

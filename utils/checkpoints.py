@@ -15,6 +15,7 @@ nothing else: it runs no code, takes no more memory than the file is long, and d
 import contextlib
 import copy
 import io
+import json
 import math
 import os
 import pickletools
@@ -91,6 +92,11 @@ def write(content: bytes, path):
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_json(content: dict, path):
+    """Write a dict as JSON, as write() does."""
+    write((json.dumps(content, indent=2) + "\n").encode(), path)
 
 
 def load(path, *, keys: dict = KEYS) -> dict:
@@ -348,8 +354,8 @@ def blamed(path):
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        text = str(error).lower()
-        if path is None or "out of memory" in text or "can't allocate memory" in text:
+        text = str(error)
+        if path is None or re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
             raise
         raise ValueError(f"{path} holds what no run leaves there: {type(error).__name__}: {text[:200]}") from None
 

@@ -40,10 +40,14 @@ def test(checkpoint, path, *, data, data_dir, device, amp):
     device = distributed.local_device(devices.choose_device(device))
     precision = devices.choose_precision(amp, device)
     model = models.rebuild(checkpoint, path).to(device)
-    of_the_run = {"loss": "ce", "tta": False, "flip": False} | checkpoint["args"]
-    options = {name: of_the_run[name] for name in ("loss", "tta", "flip")}
+    options = {name: args_of(checkpoint)[name] for name in ("loss", "tta", "flip")}
     loss, acc = evaluate(model, dataset.test, dataset, device, precision, **options)
     return dataset, loss, acc
+
+
+def args_of(checkpoint):
+    """The arguments of a checkpoint's run, with defaults for what a stranger's may lack."""
+    return {"data": "shapes", "amp": "auto", "loss": "ce", "tta": False, "flip": False} | checkpoint["args"]
 
 
 def test_line(dataset, loss, acc, tta, note=""):
@@ -62,7 +66,7 @@ def test_checkpoint(args):
     checkpoint = checkpoints.load(args.eval)
     if "model" in args.given and args.model != checkpoint["model"]:
         raise ValueError(f"{args.eval} holds a {checkpoint['model']}, not --model {args.model}")
-    of_the_run = {"data": "shapes", "tta": False, "amp": "auto"} | checkpoint["args"]
+    of_the_run = args_of(checkpoint)
     data, amp = (getattr(args, name) if name in args.given else of_the_run[name] for name in ("data", "amp"))
     where = {"data": data, "data_dir": args.data_dir, "device": args.device, "amp": amp}
     dataset, loss, acc = test(checkpoint, args.eval, **where)

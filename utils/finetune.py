@@ -64,14 +64,19 @@ def few(names) -> str:
     return ", ".join(names[:4]) + more
 
 
+def below(prefix: str, names) -> list:
+    """Those names that start with a prefix, as whole parts of a name: blocks.1 isn't blocks.10."""
+    return [name for name in names if f"{name}.".startswith(f"{prefix}.")]
+
+
 def freeze(model: torch.nn.Module, prefixes: list[str]):
-    """Stop training the parameters whose names start with a prefix, whole parts of a name: blocks.1 isn't blocks.10.
+    """Stop training the parameters below any of the prefixes.
 
     Raises ValueError for a prefix that names nothing, and if nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     for prefix in prefixes:
-        named = [name for name in names if f"{name}.".startswith(f"{prefix}.")]
+        named = below(prefix, names)
         for name in named:
             model.get_parameter(name).requires_grad_(False)
         if not named:

@@ -31,7 +31,7 @@ def repeat(args, run_once) -> int:
             text, summary = run_folder.over_seeds(results)
             folder.log(text)
             same = {"args": arguments.plain(args) | {"data": results[0]["args"]["data"]}}
-            origin = {"command": arguments.command(), "commit": run_folder.commit()}
+            origin = {"command": arguments.typed(), "commit": run_folder.commit()}
             folder.write_result(summary | same | origin)
     return status
 

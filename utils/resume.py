@@ -86,7 +86,7 @@ def restore(run, progress, checkpoint: dict):
     progress.seconds = checkpoint["seconds"]
 
 
-def open_folder(run, progress, best: dict | None) -> run_folder.RunFolder:
+def folder_of_run(run, progress, best: dict | None) -> run_folder.RunFolder:
     """Open the run's folder. A resumed run goes on in its own, unless --out names another one.
 
     `best` is the row of the best epoch so far. Raises ValueError if its best.pt isn't there.

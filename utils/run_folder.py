@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import io
-import json
 import math
 import os
 import platform
@@ -66,7 +65,7 @@ class RunFolder:
     def write_result(self, result: dict):
         if self.file:
             self.check()
-            checkpoints.write((json.dumps(result, indent=2) + "\n").encode(), self.path / "result.json")
+            checkpoints.write_json(result, self.path / "result.json")
 
     def report(self, history: list, best: dict | None, epochs: int, seconds_left: float):
         """What is written and printed after an epoch, besides checkpoints."""
@@ -239,7 +238,7 @@ def describe(run) -> list[str]:
     shape = "x".join(str(n) for n in dataset.train.images.shape[1:])
     counts = f"{len(run.train_set.labels):,} images to train on, {len(run.val_set.labels):,} to validate"
     lines = [
-        f"$ {arguments.command()}",
+        f"$ {arguments.typed()}",
         f"torch {torch.__version__}, python {platform.python_version()}, {devices.device_name(run.device)}, {how}",
         f"{dataset.name}: {counts}, {len(dataset.test.labels):,} to test; {len(dataset.classes)} classes, {shape}",
         f"{args.model}: {parameters:,} parameters; {args.opt}, {args.sched}, {args.epochs:g} epochs, batches of "
@@ -341,7 +340,7 @@ def result_of(run, history: list, best: dict | None, stopped: str, test_loss, te
         "amp": run.precision,
         "torch": torch.__version__,
         "args": arguments.plain(run.args),
-        "command": arguments.command(),
+        "command": arguments.typed(),
         "commit": commit(),
     }
 
