@@ -125,7 +125,7 @@ class CNN(nn.Module):
     def whiten(self, images: torch.Tensor):
         """Set the filters of the first layer by some images, as forward takes them, and freeze them ("residual" only).
 
-        They become the principal directions of all 2x2 patches, scaled so that each of their outputs has variance 1,
+        They become the principal directions of all 2x2 patches, scaled so that each of their outputs has mean square 1,
         and their negatives: the layers above get inputs without the correlation of neighbouring pixels.
         """
         if not self.fixed:

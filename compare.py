@@ -15,6 +15,7 @@ It ends with a table, compare.json, compare.md and compare.png. The test set sta
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -31,6 +32,7 @@ import train
 from utils import arguments, checkpoints, errors, evaluation, models, repeat, run_folder
 from utils.finetune import few
 
+MOST_RUNS = 10_000
 TEST_NOTE = {
     "winner": "The test set was read for the winner by validation alone.",
     "all": "The test set was read for every variant: the best of these test accuracies is too good a number.",
@@ -61,10 +63,8 @@ def variants_of(own):
     actions = itertools.chain(*(arguments.make_parser(model, "compare.py")._actions for model in models.MODELS))
     switches = {flag for action in actions if action.nargs == 0 for flag in action.option_strings}
     for text in own.vary:
-        name, equals, values = text.partition("=")
-        if not equals or not values:
-            raise ValueError(f'--vary {text} must be a flag and its values, as in --vary "lr=0.1,0.01"')
-        grid.append([(name, value.strip()) for value in values.split(";" if ";" in values else ",")])
+        name, values = values_of(text)
+        grid.append([(name, value) for value in values])
     if grid:
         for chosen in itertools.product(*grid):
             words, flags = [], []
@@ -82,6 +82,14 @@ def variants_of(own):
     if len({folder_name(name).lower() for name, _ in variants}) < len(variants):
         raise ValueError("two variants would share a folder: their names must differ in more than case and punctuation")
     return dict(variants)
+
+
+def values_of(text):
+    """Split a --vary: lr=0.1,0.01 -> lr, [0.1, 0.01]."""
+    name, equals, values = text.partition("=")
+    if not equals or not values:
+        raise ValueError(f'--vary {text} must be a flag and its values, as in --vary "lr=0.1,0.01"')
+    return name, [value.strip() for value in values.split(";" if ";" in values else ",")]
 
 
 def flags_of(name, value, switches):
@@ -174,13 +182,18 @@ def rank(results, failures, variants):
 
 def reject_another(out, variants):
     """Raise ValueError if a folder holds the table of a comparison of which something would be lost."""
-    if not (out / "compare.json").is_file():
+    files = [out / name for name in ("compare.json", "compare.md", "compare.png")]  # in the order of writing
+    there = [path for path in files if os.path.lexists(path)]
+    if not there:
         return
     try:
-        rows = json.loads((out / "compare.json").read_text())["variants"]
+        if not files[0].exists() or not all(path.is_file() for path in there):  # reading a pipe would wait for ever
+            raise ValueError
+        rows = json.loads(files[0].read_text())["variants"]
         lost = [row["name"] for row in rows if row["name"] not in variants]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # not ours
-        return
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        of = ", ".join(path.name for path in there)
+        raise ValueError(f"{of} in --out {out} are no comparison's, and would be overwritten: name another") from None
     if lost:
         held = f"--out {out} holds a comparison with {few(map(str, lost))}"
         raise ValueError(f"{held}, which this one lacks: name another folder")
@@ -231,6 +244,10 @@ def command(argv):
     own, rest = make_parser().parse_known_args(argv)
     if own.runs < 1:
         raise ValueError(f"--runs {own.runs} must be >= 1")
+    grid = math.prod(len(values_of(text)[1]) for text in own.vary) if own.vary else 0
+    count = own.runs * (grid + len(own.case))
+    if count > MOST_RUNS:
+        raise ValueError(f"--runs {own.runs} of these variants make {count:,} runs, more than {MOST_RUNS:,}: vary less")
     variants, out = variants_of(own), Path(own.out)
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"--out {out} is no folder: name another one")
@@ -243,6 +260,7 @@ def command(argv):
             folder = out / folder_name(name) / f"seed-{seed}"
             more = ["--seed", str(seed), "--no-test", "--out", str(folder)]
             args, _ = arguments.parse([*rest, *flags, *more], "compare.py")
+            arguments.check_out(own.out, args.data_dir)
             if args.val_split == 0:
                 raise ValueError(f"{name}: there is nothing to rank by with --val-split 0: hold some images out")
             parsed[name].append(args)
@@ -250,24 +268,29 @@ def command(argv):
     with run_folder.locked(out):
         reject_another(out, variants)
         results, failures, status = run_all(variants, parsed)
-    if status:
-        return status
-    rows = rank(results, failures, variants)
+        if status:
+            return status
+        rows = rank(results, failures, variants)
+        test_some(rows, results, failures, own.test)
+        report(own, rest, out, rows, results)
+    return 1 if any(failures.values()) else 0
+
+
+def test_some(rows, results, failures, which):
+    """Add test accuracies to the rows of all variants, or of the winner, the first."""
     for place, row in enumerate(rows):
-        if row["n"] and (own.test == "all" or (own.test == "winner" and place == 0)):
+        if row["n"] and (which == "all" or (which == "winner" and place == 0)):
             try:
                 row["test_acc"], row["test_acc_std"] = mean_and_std([test(result) for result in results[row["name"]]])
-            except ValueError as error:  # such as a best.pt that isn't there any more
+            except (ValueError, OSError, RuntimeError) as error:  # a best.pt or a set that isn't there any more, memory
                 errors.complain("compare.py", error)
                 failures[row["name"]] += 1
 
+
+def report(own, rest, out, rows, results):
+    """Write and print what came out."""
     one = next((runs[0] for runs in results.values() if runs), {})
     names = sorted({str(result["data"]) for runs in results.values() for result in runs})
-    tested = any("test_acc" in row for row in rows)
-    lines = [*table(rows), "", TEST_NOTE[own.test if tested else "none"]]
-    if one:
-        lines.append(f"Trained on {', '.join(names)}; {one['device']}; {one['amp']}.")
-    lines.append(draw(rows, results, out / "compare.png"))
     content = {
         "command": arguments.typed(),
         "flags": rest,
@@ -281,13 +304,15 @@ def command(argv):
         "variants": rows,
     }
     checkpoints.write_json(content, out / "compare.json")
-    checkpoints.write(
-        ("\n".join([f"`{arguments.typed()}`", "", *lines]) + "\n").encode("utf-8", "backslashreplace"),
-        out / "compare.md",
-    )
+    tested = any("test_acc" in row for row in rows)
+    lines = [*table(rows), "", TEST_NOTE[own.test if tested else "none"]]
+    if one:
+        lines.append(f"Trained on {', '.join(names)}; {one['device']}; {one['amp']}.")
+    lines.append(draw(rows, results, out / "compare.png"))
+    text = "\n".join([f"`{arguments.typed()}`", "", *lines]) + "\n"
+    checkpoints.write(text.encode("utf-8", "backslashreplace"), out / "compare.md")
     run_folder.print_line("\n".join(["", *lines]))
     run_folder.print_line(f"wrote compare.json and compare.md to {out}")
-    return 1 if any(failures.values()) else 0
 
 
 def main(argv=None):

@@ -223,7 +223,12 @@ def _alone(root):
         return
     try:
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
+                    sys.stderr.write(f"note: waiting for another process that downloads into {root}\n")
+                fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
         os.close(folder)

@@ -285,13 +285,13 @@ def suggest(run, path):
     """Print the range test's suggestion and plot it."""
     lrs, smooth, suggestion = find_lr(run)
     lowest, fall = lrs[smooth.index(min(smooth))], 1 - min(smooth) / smooth[0]
-    print(f"try --lr {suggestion:.1g} (the loss fell by {fall:.0%} and was lowest at {lowest:.2g})")
+    errors.show(f"try --lr {suggestion:.1g} (the loss fell by {fall:.0%} and was lowest at {lowest:.2g})")
     if fall < 0.05:
-        print("That is little to judge by: compare short runs with learning rates around it.")
+        errors.show("That is little to judge by: compare short runs with learning rates around it.")
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no plot: pip install matplotlib")
+        errors.show("no plot: pip install matplotlib")
         return
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()

@@ -238,6 +238,7 @@ def print_report(args, checkpoint, model, device):
         "confusion": matrix.tolist(),
         "calibration_error": error,
     }
+    shown = [errors.one_line(name) for name in classes]
     text = f"expected calibration error {error:.4f}"
     val = held_out(checkpoint, dataset)
     if val:
@@ -253,12 +254,12 @@ def print_report(args, checkpoint, model, device):
     else:
         note = "without TTA" if checkpoint["args"].get("tta") else ""
         errors.show(f"{evaluation.test_line(dataset, results['test_loss'], results['test_acc'], False, note)}\n")
-        errors.show(f"{report.as_text(matrix, [errors.one_line(name) for name in classes])}\n\n{text}")
+        errors.show(f"{report.as_text(matrix, shown)}\n\n{text}")
     out = Path(args.out or Path(args.checkpoint).parent / f"report-{dataset.name}")
     out.mkdir(parents=True, exist_ok=True)
     try:
-        report.draw_confusion(matrix, classes, out / "confusion.png")
-        report.draw_mistakes(images, logits, labels, classes, out / "mistakes.png")
+        report.draw_confusion(matrix, shown, out / "confusion.png")
+        report.draw_mistakes(images, logits, labels, shown, out / "mistakes.png")
         report.draw_reliability(calibrations, out / "reliability.png")
         log(f"wrote confusion.png, mistakes.png and reliability.png to {out}")
     except ImportError:

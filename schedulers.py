@@ -52,7 +52,7 @@ def step(t, *, gamma, step_size):
 
 def multistep(t, *, gamma, milestones):
     """MultiStepLR(milestones, gamma)."""
-    return gamma ** bisect.bisect_right(milestones, t)
+    return gamma ** bisect.bisect_right([round(m, 9) for m in milestones], t)  # as t is, or 1.2 * 3 / 4 is a step late
 
 
 def exp(t, *, gamma):
@@ -83,7 +83,8 @@ def onecycle(t, *, length):
     """OneCycleLR(max_lr=lr, total_steps=length + 1), momentum left alone, arXiv:1708.07120.
 
     Stepped per epoch, torch's class counts values, not the intervals between them: `length` epochs have length + 1
-    boundaries. Up along a cosine from lr / 25 until epoch 0.3 * (length + 1) - 1, then down to lr / 250,000.
+    boundaries. Up along a cosine from lr / 25 until epoch 0.3 * (length + 1) - 1, then down to lr / 250,000. In less
+    than 2.34 epochs there is no way up, and it starts somewhat below lr.
     """
     peak = 0.3 * (length + 1) - 1
     if t < peak:
@@ -220,9 +221,9 @@ def add_args(parser):
     flag("min-lr", float, "cosine, restarts, linear, plateau: the lowest learning rate (%(default)s)")
     flag("gamma", float, "step, multistep, exp, plateau: multiplier of each reduction (0.1; exp 0.9)")
     flag("step-size", float, "step: epochs between reductions (%(default)s)")
-    flag("milestones", numbers, "multistep: epochs of the reductions, as in 30,80 (1/2 and 3/4 of the run)")
-    flag("t-max", float, "cosine: epochs from the highest to the lowest lr (the run)")
-    flag("t-0", float, "restarts: epochs of the first cycle (half of the run)")
+    flag("milestones", numbers, "multistep: epochs after the warm-up, as in 30,80 (1/2 and 3/4 of the rest)")
+    flag("t-max", float, "cosine: epochs from the highest to the lowest lr (all after the warm-up)")
+    flag("t-0", float, "restarts: epochs of the first cycle (half of those after the warm-up)")
     flag("t-mult", int, "restarts: each cycle is this many times as long as the one before (%(default)s)")
     flag("patience-epochs", int, "plateau: epochs without improvement before a reduction (%(default)s)")
 

@@ -293,6 +293,7 @@ def train_until(run, end, progress, folder, caught, take_step):
 def finish_epoch(run, progress, folder):
     """Validate, add a row to the history, keep the best weights, save, report."""
     args, history = run.args, progress.history
+    start = time.perf_counter()
     distributed.broadcast(run.eval_model)  # the statistics of batch norms differ between the processes
     loss_sum, correct, seen = distributed.all_reduce(progress.totals).tolist()
     lr = args.lr * lr_multiplier(run, progress.step - 1, history)
@@ -317,7 +318,6 @@ def finish_epoch(run, progress, folder):
             "images_per_second": seen / progress.seconds,
         }
     )
-    seconds_left = progress.seconds / steps * (run.total_steps - progress.step)
     progress.seconds = 0.0
     progress.totals.zero_()
 
@@ -325,7 +325,9 @@ def finish_epoch(run, progress, folder):
     folder.save("last.pt", resume.last_content(run, progress))  # first: a resume makes best.pt of it
     if best is history[-1]:
         folder.save("best.pt", resume.best_content(run, progress))
-    folder.report(history, best, math.ceil(args.epochs), seconds_left)
+    left = run.total_steps - progress.step
+    seconds_left = (history[-1]["seconds"] + time.perf_counter() - start) / steps * left
+    folder.report(history, best, len(history) + math.ceil(left / run.steps_per_epoch), seconds_left)
     half = (args.patience + 1) // 2
     if half < args.patience and early_stopping.waited(history, best, args.warmup_epochs) == half:
         folder.log(explain(run, history, best))

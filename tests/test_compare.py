@@ -246,7 +246,7 @@ def test_a_closed_standard_output_costs_no_table(error, tiny, monkeypatch):
 
 def test_a_name_that_is_no_utf_8_costs_no_table(tiny, monkeypatch):
     drawn(monkeypatch)
-    monkeypatch.setattr(compare.arguments, "command", lambda: "python compare.py --out c\udcff")
+    monkeypatch.setattr(compare.arguments, "typed", lambda: "python compare.py --out c\udcff")
     assert compared(*BASE, "--vary", "lr=0.1,0.001", "--out", "c\udcff") == 1  # torch maps no file of such a name
     assert r"--out c\udcff" in Path("c\udcff/compare.md").read_text()
 
@@ -263,10 +263,9 @@ def test_pipes_beside_a_comparison_are_not_waited_for(tiny, monkeypatch):
     drawn(monkeypatch)
     flags = [*BASE, "--vary", "lr=0.1,0.001", "--out", "c"]
     assert compared(*flags) == 0
-    before = content("c")["variants"]
-    for path in (Path("c/compare.json"), Path("c/lr-0.1/seed-0/result.json")):
-        path.unlink()
-        os.mkfifo(path)
+    path = Path("c/lr-0.1/seed-0/result.json")
+    path.unlink()
+    os.mkfifo(path)
 
     def too_long(*args):
         raise TimeoutError("a pipe was waited for")
@@ -274,11 +273,40 @@ def test_pipes_beside_a_comparison_are_not_waited_for(tiny, monkeypatch):
     old = signal.signal(signal.SIGALRM, too_long)
     signal.alarm(30)
     try:
-        assert compared(*flags) == 0
+        assert compared(*flags) == 1  # that run can't write its result
+        assert [row["failed"] for row in content("c")["variants"]] == [0, 1]
+        Path("c/compare.json").unlink()
+        os.mkfifo("c/compare.json")
+        assert compared(*flags) == 2
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old)
-    assert [row["val_acc"] for row in content("c")["variants"]] == [row["val_acc"] for row in before]
+
+
+@pytest.mark.parametrize("name", ["compare.json", "compare.md", "compare.png"])
+def test_files_of_the_user_are_not_overwritten(name, tiny, capsys):
+    Path("c").mkdir()
+    Path("c", name).write_text('{"my": 1}')
+    assert compared(*BASE, "--vary", "lr=0.1,0.001", "--out", "c") == 2
+    assert f"{name} in --out c are no comparison's" in capsys.readouterr().err
+    assert Path("c", name).read_text() == '{"my": 1}' and len(list(Path("c").iterdir())) == 1
+
+
+@pytest.mark.parametrize("flags", [["--runs", 10**9], 9 * ["--vary", "lr=" + ",".join(map(str, range(1, 10)))]])
+def test_a_comparison_of_too_many_runs_is_rejected_at_once(flags, tiny, capsys):
+    assert compared(*BASE, "--vary", "lr=0.1,0.001", *flags, "--out", "c") == 2
+    assert "runs, more than 10,000" in capsys.readouterr().err
+
+
+def test_a_test_set_that_has_gone_costs_no_table(tiny, monkeypatch, capsys):
+    drawn(monkeypatch)
+
+    def gone(*args, **more):
+        raise OSError("the set has gone")
+
+    monkeypatch.setattr(compare.evaluation, "test", gone)
+    assert compared(*BASE, "--vary", "lr=0.1,0.001", "--out", "c") == 1
+    assert "the set has gone" in capsys.readouterr().err and len(content("c")["variants"]) == 2
 
 
 def test_results_that_name_no_set_cost_no_table(tiny, monkeypatch):

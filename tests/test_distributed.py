@@ -148,7 +148,7 @@ def test_a_run_for_minutes_is_started_anew(tiny, monkeypatch):
     assert call(*flags) == 2  # it has ended: torchrun found the folder taken, and tries again
     Path("run/result.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(arguments, "command", lambda: "python train.py --another run")
+        patch.setattr(arguments, "typed", lambda: "python train.py --another run")
         assert call(*flags) == 2
     assert call(*flags) == 0
 

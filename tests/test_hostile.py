@@ -34,13 +34,14 @@ from conftest import (
 from PIL import Image
 
 import augment
+import compare
 import data as datasets
 import diagnose
 import mlp_mnist
 import plot
 import predict
 import train
-from utils import arguments, checkpoints, devices, distributed, errors
+from utils import arguments, checkpoints, devices, distributed, errors, run_folder
 
 
 def one_line(capsys, *words):
@@ -181,15 +182,100 @@ def test_a_best_pt_that_contradicts_itself_is_one_line_wherever_it_is_used(kind,
 def test_the_best_epoch_of_another_run_is_not_taken_for_this_ones(tiny, monkeypatch, capsys):
     flags = [*TINY_MLP, "--epochs", 3, "--lr", 0.3, "--monitor", "val_loss"]
     assert call(*flags, "--out", "run") == 0 and call(*flags, "--seed", 1, "--out", "other") == 0
-    result = json.loads(Path("run/result.json").read_text())
     Path("run/best.pt").write_bytes(Path("other/best.pt").read_bytes())
     capsys.readouterr()
-    status = call("--resume", "run/last.pt", "--epochs", 4)
-    if result["best_epoch"] < 3:
-        assert status == 2
-        one_line(capsys, "run/best.pt is not the best epoch")
-    else:  # last.pt holds the best epoch itself
-        assert status == 0 and not same(dict(weights("run/best.pt")), dict(weights("other/best.pt")))
+    assert call("--resume", "run/last.pt", "--epochs", 4) == 2
+    one_line(capsys, "run/best.pt is not the best epoch")
+
+
+@pytest.mark.parametrize("how", ["copied beside another", "linked", "in its place", "an older one"])
+def test_a_resume_overwrites_no_other_run(how, tiny, capsys):
+    flags = [*TINY_MLP, "--epochs", 2, "--val-split", 0]
+    assert call(*flags, "--out", "run") == 0 and call(*flags, "--seed", 1, "--out", "other") == 0
+    path = {"linked": "other/link.pt", "in its place": "other/last.pt"}.get(how, "other/copy.pt")
+    if how == "linked":
+        os.symlink("../run/last.pt", path)
+    else:
+        shutil.copy("other/last.pt" if how == "an older one" else "run/last.pt", path)
+    if how == "an older one":
+        assert call("--resume", "other/last.pt", "--epochs", 3) == 0
+    before = {file.name: file.read_bytes() for file in Path("other").iterdir()}
+    capsys.readouterr()
+    assert call("--resume", path, "--epochs", 4) == 2
+    one_line(capsys, "other/")
+    assert before == {file.name: file.read_bytes() for file in Path("other").iterdir()}
+
+
+def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe is in the way"):
+        checkpoints.write(b"content", tmp_path / "pipe")
+    assert not (tmp_path / "pipe").is_file()
+
+
+def test_files_of_flags_that_name_each_other_end(tiny, capsys):
+    Path("0.args").write_text("--lr 1")
+    for i in range(1, 40):
+        Path(f"{i}.args").write_text(f"@{i - 1}.args\n@{i - 1}.args\n")
+    assert call("@39.args") == 2
+    one_line(capsys, "more than 10,000 words")
+    Path("0.args").write_text("@1.args")
+    assert call("@1.args") == 2
+    one_line(capsys, "without end")
+
+
+def test_many_images_on_the_command_line_are_no_files_of_flags():
+    args = predict.make_parser().parse_intermixed_args(["best.pt", *(["a.png"] * 20_000)])
+    assert len(args.images) == 20_000
+
+
+def test_a_damaged_best_that_is_not_needed_is_rejected_with_a_way_out(tiny, capsys):
+    assert call(*TINY_MLP, "--val-split", 0, "--out", "run") == 0
+    best = Path("run/best.pt")
+    best.write_bytes(best.read_bytes()[:1000])
+    capsys.readouterr()
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 2
+    one_line(capsys, "run/best.pt", "remove it")
+    best.unlink()
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 0 and best.exists()
+
+
+def test_the_log_of_an_endless_line_is_not_read_whole(tiny, capsys):
+    Path("run").mkdir()
+    with open("run/log.txt", "wb") as file:
+        file.truncate(10**13)
+    assert call(*TINY_MLP, "--out", "run") == 2
+    one_line(capsys, "--out run holds a run already")
+
+
+def test_the_folder_of_the_data_is_not_that_of_the_run(tiny, capsys):
+    assert call("--model", "mlp", "--data-dir", "x", "--out", "./x/") == 2  # it would wait for its own lock
+    one_line(capsys, "--out ./x/ is --data-dir, too")
+    assert compare.main([*map(str, TINY_MLP), "--data-dir", "x", "--vary", "lr=0.1,0.001", "--out", "x"]) == 2
+    one_line(capsys, "--out x is --data-dir, too")
+
+
+def test_many_layers_are_described_in_time():
+    names = [f"blocks.{block}.{part}" for block in range(1000) for part in ("norm.weight", "mlp.weight", "mlp.bias")]
+    start = time.process_time()
+    found = run_folder.prefixes([name for name in names if "mlp" in name or ".7." in name], names)
+    assert time.process_time() - start < 1
+    assert found == ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp", "...", "blocks.998.mlp", "blocks.999.mlp"]
+
+
+def test_a_diverged_seed_is_left_out_of_the_mean_and_named(tiny, monkeypatch, capsys):
+    real = train.train
+
+    def diverges(run, *others):
+        if run.args.seed == 1:
+            raise errors.Diverged("the training loss is nan", 1, 0.1)
+        return real(run, *others)
+
+    monkeypatch.setattr(train, "train", diverges)
+    assert call(*TINY_MLP, "--runs", 3, "--out", "many") == 1
+    result = json.loads(Path("many/result.json").read_text())
+    assert result["n"] == 2 and result["failed_seeds"] == [1] and [run["seed"] for run in result["runs"]] == [0, 2]
+    assert "failed: the runs with seed 1; 2 are left" in capsys.readouterr().out
 
 
 def test_a_resume_knows_its_images_and_labels_again(tiny, capsys):
@@ -265,7 +351,7 @@ def test_a_run_that_was_killed_in_its_first_epoch_starts_again_by_the_same_comma
         halt(patch, 1, killed=True)
         call(*TINY_MLP, "--out", "run")
     assert [path.name for path in Path("run").iterdir()] == ["log.txt"]
-    monkeypatch.setattr(arguments, "command", lambda: "python train.py --another run")
+    monkeypatch.setattr(arguments, "typed", lambda: "python train.py --another run")
     assert call(*TINY_MLP, "--out", "run") == 2
     monkeypatch.undo()
     monkeypatch.chdir(tiny)
@@ -771,7 +857,7 @@ def test_a_failed_run_is_not_said_to_have_a_checkpoint(tiny, monkeypatch, capsys
         assert call(*TINY_MLP, "--out", "run") == 1
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(arguments, "command", lambda: "python train.py --another run")
+        patch.setattr(arguments, "typed", lambda: "python train.py --another run")
         assert call(*TINY_MLP, "--seed", 7, "--out", "run") == 2
     said = capsys.readouterr().err
     assert "holds a run already: name another folder" in said and "--resume its last.pt" not in said
@@ -855,3 +941,8 @@ def test_of_several_that_need_a_set_one_downloads_it(tmp_path, monkeypatch):
         thread.join(30)
     assert calls == ["mnist"] and len(loaded) == 3
     assert all(torch.equal(one.train.images, loaded[0].train.images) for one in loaded)
+
+
+def test_names_of_runs_that_are_no_utf_8_are_drawn(tmp_path):
+    plot.draw({"run\udcff": rows([0.1, 0.2], train_acc=0.1)}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000

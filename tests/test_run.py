@@ -11,6 +11,7 @@ from conftest import TINY_MLP, Killed, assert_same_run, call, halt, same, script
 
 import data as datasets
 import mlp_mnist
+import train
 from utils import checkpoints, devices, evaluation
 
 
@@ -191,3 +192,18 @@ def test_a_result_tells_the_arithmetic_of_its_training(tiny):
         assert json.loads(Path(path).read_text())["train_pflops"] == pytest.approx(expected)
     assert call(*flags[:-2], "--teacher", "linear/seed-0/best.pt", "--out", "pupil") == 0  # one product a weight more
     assert json.loads(Path("pupil/result.json").read_text())["train_pflops"] == pytest.approx(1.5 * expected)
+
+
+def test_every_evaluation_of_a_line_search_is_arithmetic(tiny, monkeypatch):
+    flags = ["--model", "mlp", "--hidden", "none", "--data", "shapes", "--epochs", 2, "--device", "cpu"]
+    real, seen = train.backward, []
+
+    def backward(run, images, *others):
+        seen.append(len(images))
+        return real(run, images, *others)
+
+    monkeypatch.setattr(train, "backward", backward)
+    assert call(*flags, "--opt", "lbfgs", "--batch-size", 63, "--out", "run") == 0
+    assert len(seen) > 2 * 4  # more than once for each of two batches in two epochs
+    expected = 4 * 3072 * 10 * sum(seen) / 1e15
+    assert json.loads(Path("run/result.json").read_text())["train_pflops"] == pytest.approx(expected)

@@ -87,6 +87,12 @@ def test_fractional_lengths_are_on_time():
             assert steps(t) == 0.5**n and restarts(t) == pytest.approx(1), (length, n)
 
 
+def test_milestones_that_are_left_out_are_on_time():
+    """At 1/2 and 3/4 of 1.6 - 0.4 epochs, which isn't 1.2 in binary."""
+    factor = schedulers.schedule("multistep", lr=1, epochs=1.6, warmup_epochs=0.4)
+    assert [round(factor(step / 10), 9) for step in (9, 10, 12, 13)] == [1, 0.1, 0.1, 0.01]
+
+
 def test_plateau_for_a_loss():
     factor = schedulers.schedule("plateau", lr=1, epochs=9, patience_epochs=1, mode="min", gamma=0.5)
     values = [1.0, 0.9, 0.9, 0.95, 0.8, 0.8, 0.8, 0.8]

@@ -16,7 +16,7 @@ from conftest import HERE, TINY_MLP, assert_same_run, call, halt, python, same, 
 from PIL import Image
 
 import train
-from utils import checkpoints, ema, models, run_folder
+from utils import budget, checkpoints, ema, models, run_folder
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,21 @@ def test_runs_report_mean_and_deviation(tiny, capsys):
     assert call(*TINY_MLP, "--seed", 5, "--out", "one") == 0
     assert same(dict(weights("one/best.pt")), dict(weights("many/seed-5/best.pt")))
     assert call(*TINY_MLP, "--runs", 3, "--out", "many") == 2
+
+
+@pytest.mark.parametrize("seconds", [1.25, 1.5, 2.0, 2.13, 9.9])
+def test_the_steps_of_minutes_leave_time_for_what_comes_after_an_epoch(seconds, monkeypatch):
+    """On a clock on which a step takes 10 ms, and validation after 100 of them, or after the last, 0.2 s."""
+    clock = [0.0]
+
+    def takes(duration):
+        clock[0] += duration
+
+    monkeypatch.setattr(budget, "now", lambda: clock[0])
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: 0.0)  # the measuring itself apart
+    steps = budget.steps_within(seconds, lambda: takes(0.01), 100, [(lambda: takes(0.1), 2.0)])
+    needed = 0.01 * steps + 0.2 * -(-steps // 100)
+    assert seconds - 0.25 < needed < seconds + 1e-6
 
 
 @pytest.mark.slow

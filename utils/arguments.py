@@ -24,6 +24,7 @@ from utils.models import MODELS, read_init, rebuild
 
 DATA_DIR = "data"
 LONGEST_FILE = 100_000  # bytes of flags
+MOST_WORDS = 10_000  # in all files of flags; the name of another file counts as 101
 # A resumed run may be prolonged and moved. Changing anything else would make the run irreproducible.
 MAY_CHANGE = {
     "resume", "epochs", "patience", "device", "compile", "cuda_graph", "out", "data_dir", "log_interval", "save_every",
@@ -42,10 +43,14 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):
         words = split_flags(line)
         self.check_words(words)
+        self.count += len(words) + 100 * sum(word.startswith("@") for word in words)
+        if self.count > MOST_WORDS:
+            self.error(f"@files that name @files without end, or more than {MOST_WORDS:,} words: shorten them")
         return words
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
+        self.count = 0
         self.check_words(args)
         return super().parse_known_args(args, namespace)
 
@@ -93,7 +98,8 @@ def began(folder: Path) -> bool:
     if not log.is_file():
         return False
     with open(log, encoding="utf-8", errors="replace") as file:
-        return file.readline() == f"$ {typed()}\n"
+        wanted = f"$ {typed()}\n"
+        return file.readline(len(wanted) + 1) == wanted
 
 
 def ended(folder: Path) -> bool:
@@ -350,12 +356,15 @@ def check(args):
         reject_idle(args, others, f"with --{choice} {chosen}")
     if not args.teacher:
         reject_idle(args, {"distill", "temperature"}, "without --teacher")
+    if args.weight_decay == 0:
+        reject_idle(args, {"decay_all"}, "without --weight-decay")
     if not args.mixup and not args.cutmix:
         reject_idle(args, {"mixup_off_epoch"}, "without --mixup or --cutmix")
     if args.val_split == 0:
         reject_idle(args, {"patience", "monitor", "min_delta"}, "with --val-split 0: nothing is monitored")
     if not Path(args.data).is_dir():
         reject_idle(args, {"img_size"}, f"with --data {args.data}: it's for folders of images")
+    check_out(args.out, args.data_dir)
     if args.runs > 1 and args.no_test and args.val_split == 0:
         raise ValueError(f"--runs {args.runs} has no accuracies to average with --no-test and --val-split 0: drop one")
     if args.resume and not distributed.restarted():
@@ -389,6 +398,12 @@ def check(args):
         check_lengths(args)
 
 
+def check_out(out, data_dir):
+    """A folder is locked by what is written there, and that of the datasets by a download."""
+    if out and os.path.realpath(out) == os.path.realpath(data_dir):
+        raise ValueError(f"--out {out} is --data-dir, too: name another folder")
+
+
 def check_lengths(args):
     """Reject lengths that can't take effect within the run."""
     schedule = make_schedule(args)  # raises too
@@ -397,6 +412,7 @@ def check_lengths(args):
         "step_size": args.step_size >= length,
         "milestones": args.milestones is not None and max(args.milestones) >= length,
         "t_max": args.sched == "cosine" and (args.t_max or 0) > length and schedule(args.epochs) > 0.999,
+        "mixup_off_epoch": args.mixup_off_epoch >= args.epochs,
         "patience_epochs": args.patience_epochs >= length - 1,
         "patience": args.patience >= args.epochs,
     }

@@ -51,7 +51,7 @@ def within_minutes(run, trial, train_step, score):
         others.append((lambda: score(trial, some), count / len(some.labels)))
     steps = steps_within(60 * trial.args.minutes, step, per_epoch, others)
     devices.restore_rng(rng, trial.device)
-    length = steps / per_epoch
+    length = min(steps / per_epoch, 1e9)  # the most that --epochs can be
     warmup = arguments.warmup_within(run.args, run.args.given, length)
     args = arguments.changed(run.args, epochs=length, warmup_epochs=warmup)
     return dataclasses.replace(run, args=args, schedule=arguments.make_schedule(args))
@@ -73,14 +73,17 @@ def steps_within(seconds: float, step: Callable, per_epoch: int, others: list[tu
         for _ in range(count):
             step()
         taken = now() - start
-    an_epoch = taken / count * per_epoch
+    a_step, around = taken / count, 0.0
     for function, scale in others:
         function()
         start = now()
         function()
-        an_epoch += (now() - start) * scale
+        around += (now() - start) * scale
     left = seconds - (time.perf_counter() - began)
-    return max(1, math.floor(left / an_epoch * per_epoch))
+    an_epoch = a_step * per_epoch + around
+    whole = max(0, math.floor(left / an_epoch))
+    rest = left - whole * an_epoch - around  # for the steps of a last epoch, after which all is done once more
+    return max(1, whole * per_epoch + max(0, math.floor(rest / a_step)))
 
 
 def now() -> float:

@@ -74,8 +74,9 @@ def save(content: dict, path):
 def write(content: bytes, path):
     """Write a file so that `path` always holds a whole one, the old or the new. Raises OSError."""
     temporary = f"{path}.tmp"
-    if os.path.exists(temporary) and not os.path.isfile(temporary):  # writing into a pipe would wait for ever
-        raise OSError(f"{temporary} is in the way: remove it")
+    for name in (path, temporary):  # a device must not be replaced, and writing into a pipe would wait for ever
+        if os.path.exists(name) and not os.path.isfile(name):
+            raise OSError(f"{name} is in the way: remove it")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

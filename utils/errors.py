@@ -107,6 +107,17 @@ def exit_status(program, function, *, flags=str):
             raise
         complain(program, unforeseen(error))
         return 2
+    finally:
+        flush_output()
+
+
+def flush_output():
+    """Write what is left to be written; else Python does it at the end, and prints its own words where it can't."""
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            sys.stdout = open(os.devnull, "w")
 
 
 def unforeseen(error: Exception) -> str:

@@ -7,11 +7,14 @@ from utils import arguments, build, checkpoints, errors, run_folder
 
 
 def repeat(args, run_once) -> int:
-    """--runs: one run for each seed, in folders of one folder, and their mean and standard deviation."""
+    """--runs: one run for each seed, in folders of one folder, and mean and standard deviation of those that end well.
+
+    Returns the exit status, 1 if a run diverged.
+    """
     name = build.load_data(args)[0].name
     default = Path("runs") / f"{args.model}-{name}-{args.opt}-{args.sched}-x{args.runs}"
     unfinished = args.out and next(Path(args.out).glob("seed-*"), None) and not Path(args.out, "result.json").exists()
-    results, status = [], 0
+    results, failed, status = [], [], 0
     with run_folder.open_folder(args.out, default, going_on=unfinished) as folder:
         try:
             for seed in range(args.seed, args.seed + args.runs):
@@ -19,21 +22,27 @@ def repeat(args, run_once) -> int:
                 if results:  # the first may have fallen back to another set
                     own = arguments.changed(own, data=results[0]["args"]["data"])
                 result, status = run_seed(own, run_once)
-                if status:
+                if status > 128:
                     break
-                results.append(result)
+                if status:
+                    failed.append(seed)
+                else:
+                    results.append(result)
         finally:
-            if not results:
+            if not results and not failed:
                 folder.remove_if_unused()
         if status > 128:
             run_folder.print_line(f"interrupted: with --out {folder.path} the same command goes on from here")
-        elif len(results) > 1:
+            return status
+        if failed:
+            folder.log(f"failed: the runs with seed {', '.join(map(str, failed))}; {len(results)} are left")
+        if len(results) > 1:
             text, summary = run_folder.over_seeds(results)
             folder.log(text)
-            same = {"args": arguments.plain(args) | {"data": results[0]["args"]["data"]}}
+            same = {"args": arguments.plain(args) | {"data": results[0]["args"]["data"]}, "failed_seeds": failed}
             origin = {"command": arguments.typed(), "commit": run_folder.commit()}
             folder.write_result(summary | same | origin)
-    return status
+    return 1 if failed else 0
 
 
 def run_seed(args, run_once):

@@ -1,7 +1,7 @@
 """What a classifier gets right, what it mistakes for what, and whether its probabilities can be believed.
 
     import torch
-    from report import as_text, calibration, confusion, draw_confusion, fit_temperature
+    from report import as_text, calibration, confusion, draw_confusion, fit_temperature  # here: from utils.report ...
 
     classes = ["cat", "dog"]
     labels, logits = torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])

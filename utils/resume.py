@@ -1,5 +1,6 @@
 """What best.pt and last.pt hold, and how a run goes on from there."""
 
+import os
 from pathlib import Path
 
 import augment
@@ -89,26 +90,43 @@ def restore(run, progress, checkpoint: dict):
 def folder_of_run(run, progress, best: dict | None) -> run_folder.RunFolder:
     """Open the run's folder. A resumed run goes on in its own, unless --out names another one.
 
-    `best` is the row of the best epoch so far. Raises ValueError if its best.pt isn't there.
+    `best` is the row of the best epoch so far. Raises ValueError if its best.pt isn't there, and if something of
+    another run would be overwritten.
     """
     args, history = run.args, progress.history
     default = Path("runs") / f"{args.model}-{run.dataset.name}-{args.opt}-{args.sched}"
     if not args.resume:
         return run_folder.open_folder(args.out, default)
-    before, kept = Path(args.resume).parent, None
-    moved = args.out is not None and Path(args.out).resolve() != before.resolve()
-    if best and best["step"] < progress.step:  # else last.pt holds the best epoch itself
-        kept = distributed.on_main(lambda: checkpoints.load(before / "best.pt"))
+    before = Path(args.resume).parent
+    moved = args.out is not None and os.path.realpath(args.out) != os.path.realpath(before)
+    needed = best is not None and best["step"] < progress.step  # else last.pt holds the best epoch itself
+
+    def look():
+        """Load best.pt, if there is one to be kept or overwritten."""
+        own, path = before / "last.pt", before / "best.pt"
+        if not moved and not (own.exists() and own.samefile(args.resume)):
+            raise ValueError(f"--resume {args.resume} is not the last.pt of its folder: name a folder for it, --out")
+        if not needed and (moved or not path.exists()):
+            return None
+        remedy = "put its own back" if needed else "remove it, or name another folder, --out"
+        try:
+            kept = checkpoints.load(path)
+        except ValueError as error:
+            raise ValueError(f"{error}: {remedy}") from None
         # As text, in which NaN is equal to itself: nothing is validated with --val-split 0.
-        if str(kept["metrics"]) != str(best) or kept["model_args"] != run.model.model_args:
-            raise ValueError(f"{before / 'best.pt'} is not the best epoch of --resume {args.resume}: put its own back")
+        rows = map(str, [best] if needed else history)
+        if str(kept["metrics"]) not in rows or kept["model_args"] != run.model.model_args:
+            raise ValueError(f"{path} is not the best epoch of --resume {args.resume}: {remedy}")
+        return kept
+
+    kept = distributed.on_main(look)
     folder = run_folder.open_folder(args.out if moved else before, default, going_on=not moved)
     if history:  # a run that was killed after last.pt has not written these
         folder.write_metrics(history)
-        if kept and moved:
-            folder.save("best.pt", kept)
-        elif not kept and best is history[-1]:
+        if best and not needed:
             folder.save("best.pt", best_content(run, progress))
+        elif kept and moved:
+            folder.save("best.pt", kept)
     return folder
 
 

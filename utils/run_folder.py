@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import math
 import os
 import platform
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-import optimizers
 import plot
 from utils import arguments, build, checkpoints, devices, distributed, errors
 
@@ -277,16 +277,17 @@ def size_of(groups: list[dict]) -> int:
     return sum(p.numel() for group in groups for p in group["params"])
 
 
+def beginnings(name):
+    """body.0.bias -> body, body.0, body.0.bias"""
+    return itertools.accumulate(name.split("."), "{}.{}".format)
+
+
 def prefixes(chosen, known):
     """The shortest prefixes that name all the chosen parameters and no other; in the middle of many, ..."""
-    found = {}
+    found, chosen = {}, dict.fromkeys(chosen)  # dicts keep the order
+    shared = {prefix for name in known if name not in chosen for prefix in beginnings(name)}
     for name in chosen:
-        words = name.split(".")
-        for count in range(1, len(words) + 1):
-            prefix = ".".join(words[:count])
-            if all(other in chosen for other in known if optimizers.lies_in(other, prefix)):
-                found[prefix] = None
-                break
+        found[next(prefix for prefix in beginnings(name) if prefix not in shared)] = None
     found = list(found)
     return [*found[:3], "...", *found[-2:]] if len(found) > 6 else found
 
@@ -326,6 +327,9 @@ def images_seen(history: list) -> float:
 
 def result_of(run, history: list, best: dict | None, stopped: str, test_loss, test_acc) -> dict:
     """What result.json holds. Accuracies are fractions."""
+    images = images_seen(history)
+    if run.args.opt == "lbfgs" and history:  # it looks at each batch several times
+        images *= next(iter(run.optimizer.state.values()))["func_evals"] / history[-1]["step"]
     return {
         "model": run.args.model,
         "data": run.dataset.name,
@@ -334,7 +338,7 @@ def result_of(run, history: list, best: dict | None, stopped: str, test_loss, te
         **summary(history, best),
         "stopped": stopped,
         "params": sum(p.numel() for p in run.model.parameters()),
-        "train_pflops": build.flops_per_image(run) * images_seen(history) / 1e15,
+        "train_pflops": build.flops_per_image(run) * images / 1e15,
         "seed": run.args.seed,
         "device": devices.device_name(run.device),
         "amp": run.precision,
