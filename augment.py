@@ -12,12 +12,17 @@
     python augment.py --show augmented.png --crop-pad 4 --flip --mixup 0.8      # what each option does to 8 images
 
 Many images are augmented at once by a few tensor operations, each with random numbers of its own: no worker processes.
+Needs torch, and Pillow and numpy for --show.
 """
 
 import argparse
 import math
 import os
 import random
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +57,7 @@ def batches(
     are shuffled and augmented, which depends on the key alone: by `crop_and_flip` (augment="strong": `distort`), by
     `erase_some` in the share `erase` of them and by `mix`, whose alphas are `mixup` and `cutmix`, and which makes the
     labels float32 (b, num_classes). The last batch may have another size, see `bounds`. Raises ValueError for another
-    `augment`, and for images that are too small or, if "strong", not square.
+    `augment`, for mixing without num_classes, and for images of another type, too small or, if "strong", not square.
 
     `first` batches are left out, and of the others every `every`-th is taken. Of each batch, augmented as a whole, the
     process `rank` of `world_size` gets its share: an empty one where the batch has fewer images than there are
@@ -60,7 +65,11 @@ def batches(
     """
     if augment not in ("none", "strong"):
         raise ValueError(f"augment {augment} must be none or strong")
+    if (mixup or cutmix) and num_classes is None:
+        raise ValueError("mixup and cutmix need num_classes, the length of the labels that they make")
     all_images, all_labels = split
+    if all_images.dtype != torch.uint8:
+        raise ValueError(f"images of {all_images.dtype} must be torch.uint8, from 0 to 255")
     n = len(all_labels)
     edges = bounds(n, batch_size, least)
     to_gpu = torch.device(device).type == "cuda"  # a copy to the host that isn't waited for would be read too early
@@ -82,7 +91,7 @@ def batches(
             offset = inside[0][0]
             chosen = order[offset : inside[-1][1]]
             chunk_images = all_images.index_select(0, chosen).to(device, non_blocking=to_gpu)
-            chunk_labels = all_labels.index_select(0, chosen).to(device, non_blocking=to_gpu)
+            chunk_labels = all_labels.index_select(0, chosen.to(all_labels.device)).to(device, non_blocking=to_gpu)
             if key is not None:
                 generator = seeded(*key, chunk, device=device)
                 flipped = None if flips is None else flips[chosen.to(device, non_blocking=to_gpu)]
@@ -318,6 +327,8 @@ def main():
             options["erase" if name == "reprob" else name] = value
     try:
         show(read_images(args.images), args.show, **options)
+    except ImportError as error:
+        parser.exit(1, f"augment.py: error: there is no {error.name}: pip install pillow numpy\n")
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     print(f"wrote {args.show}")

@@ -63,6 +63,11 @@ class Images(Dataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
+def leave_signals(worker):
+    """Ctrl-C reaches all processes, and the first one ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def baseline(run, workers):
     """(a): a generator that takes a step each time and yields the number of its images."""
     args = run.args
@@ -72,7 +77,8 @@ def baseline(run, workers):
         optimizer = torch.optim.SGD(groups, args.lr, args.momentum)
     else:
         optimizer = torch.optim.AdamW(groups, args.lr)
-    loader = DataLoader(Images(run), args.batch_size, shuffle=True, num_workers=workers)
+    options = {"num_workers": workers, "worker_init_fn": leave_signals}
+    loader = DataLoader(Images(run), args.batch_size, shuffle=True, **options)
     yield model
     while True:
         for images, labels in loader:

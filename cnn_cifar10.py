@@ -10,6 +10,7 @@ Or in a program of your own, with torch alone:
 
     images = torch.randn(8, 3, 32, 32)
     model = CNN(image_size=32, channels=3, num_classes=10)
+    model.whiten(images)                         # some normalised training images: sets and freezes the first layer
     logits = model(images)                       # (batch, 3, 32, 32) -> (batch, 10)
 """
 

@@ -6,7 +6,7 @@
     train, val = split(dataset.train, 0.1, seed=0)
     print(len(dataset.classes), train.images.shape, val.labels.shape)
 
-Needs torch, and Pillow for folders, torchvision for the sets that it downloads.
+Needs torch, and Pillow and numpy for folders, torchvision for the sets that it downloads.
 """
 
 import contextlib
@@ -269,7 +269,7 @@ def _download(name, cls, root, new):
         for address in addresses:
             try:
                 if hasattr(cls, "url"):
-                    _fetch(address, folder / files[0], patient=address == addresses[-1])
+                    _fetch(address, folder / files[0], cls.tgz_md5, patient=address == addresses[-1])
                 with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its progress bars
                     return cls(root, train=True, download=True)
             except Exception as error:
@@ -287,8 +287,10 @@ def _download(name, cls, root, new):
     )
 
 
-def _fetch(address, path, patient):
-    """Download a file. Raises OSError if the other side is silent, or slow, unless patient."""
+def _fetch(address, path, md5, patient):
+    """Download a file. Raises OSError if the other side is silent, or slow, unless patient, or sends anything else."""
+    from torchvision.datasets.utils import check_integrity
+
     temporary = Path(f"{path}.tmp")
     try:
         with urllib.request.urlopen(address, timeout=SILENCE) as source, open(temporary, "wb") as file:
@@ -299,6 +301,8 @@ def _fetch(address, path, patient):
                 seconds = time.monotonic() - began
                 if not patient and seconds > SILENCE and size < SLOW * seconds:
                     raise OSError(f"{size / seconds / 1000:.0f} kB/s is too slow")
+        if not check_integrity(temporary, md5):
+            raise OSError(f"{size:,} bytes came, whose checksum is wrong")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -472,6 +476,8 @@ def _decode_all(paths, size):
         for i in range(start, min(start + 100, len(paths))):
             try:
                 images[i] = decode(paths[i], size)
+            except ImportError:
+                raise
             except Exception as error:
                 unreadable[paths[i]] = error
 

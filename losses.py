@@ -56,16 +56,16 @@ def l1(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Te
 
 
 def euclidean(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Distance of the logits from the target as points, the root of the sum of squares. 1 for logits of 0.
+    """Distance of the logits from the target as points, the root of the sum of squares.
 
-    Its gradient by an image's logits has length 1 however near they are: the learning rate has to fall for them to
-    settle.
+    It is 1 for logits of 0 and a target that is a class. Its gradient by an image's logits has length 1 however near
+    they are: the learning rate has to fall for them to settle.
     """
     return torch.linalg.vector_norm(logits - targets(labels, logits.shape[1], smoothing), dim=1).mean()
 
 
 def cosine(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """1 - cosine of the angle between logits and target. It is 0 for every length of the right direction.
+    """1 - cosine of the angle between logits and target. It is 0 for the right direction, from length 1 on.
 
     Logits shorter than 1 are taken as if they were of length 1: a model whose head starts at 0 has no direction yet,
     and the true cosine's gradient there, 1 / length, would be without bounds.

@@ -83,7 +83,8 @@ class Muon(torch.optim.Optimizer):
 
     It works on the groups with use_muon=True; an AdamW of its own looks after the others. A filter is a matrix with a
     row per output. The multiplier 0.2 * sqrt(longer side) makes the numbers of an update as large as AdamW's, so that
-    both take the same learning rate (arXiv:2502.16982). Raises ValueError if no group has use_muon.
+    both take the same learning rate (arXiv:2502.16982). On a GPU all matrices are padded to the size of the largest,
+    which suits nets whose matrices are small or alike. Raises ValueError if no group has use_muon.
     """
 
     def __init__(self, groups, *, lr, momentum=0.95, betas=(0.9, 0.999), weight_decay=0.0):

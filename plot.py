@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import math
+import signal
 import statistics
 import sys
 import warnings
@@ -53,7 +54,9 @@ def read_result(run):
         return {"args": {}}
     try:
         result = json.loads(path.read_text())
-        args = {**result["args"], "data": result["data"]}
+        args = result["args"]
+        if result["data"] == "shapes":  # perhaps in place of what couldn't be downloaded
+            args = {**args, "data": "shapes"}
         if args.get("minutes"):  # the length was measured: another one for each seed
             args = {name: value for name, value in args.items() if name not in ("epochs", "warmup_epochs")}
         return {**result, "args": args}
@@ -86,9 +89,13 @@ def short_names(arguments):
     return [named(args, chosen) for args in arguments]
 
 
+def seeds_of(folder):
+    return sorted(path for path in folder.glob("seed-*") if path.is_dir())
+
+
 def with_metrics(folders):
     """The folders of runs among these, and in the folders of --runs; without those that have no metrics.csv."""
-    folders = [one for folder in folders for one in sorted(Path(folder).glob("seed-*")) or [Path(folder)]]
+    folders = [one for folder in folders for one in seeds_of(Path(folder)) or [Path(folder)]]
     found = [folder for folder in folders if (folder / "metrics.csv").is_file()]
     if not found:
         raise ValueError(f"{folders[0]}/metrics.csv doesn't exist: name the folders of runs")
@@ -251,4 +258,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()

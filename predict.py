@@ -144,7 +144,10 @@ def logits_of(model, images, checkpoint, device):
     with torch.inference_mode(), devices.autocast(device, precision):
         for x, _ in batches:
             logits.append(model(x).float().cpu())
-    return torch.cat(logits)
+    logits = torch.cat(logits)
+    if not logits.isfinite().all():
+        raise ValueError("the model's outputs are not finite numbers: nothing can be said by it")
+    return logits
 
 
 def predict(args, checkpoint, model, device):
@@ -197,18 +200,17 @@ def print_predictions(paths, probabilities, classes, top, as_json):
             errors.show(json.dumps({"file": str(path), **named[0], "top": named}))
         else:
             named = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in best)
-            errors.show(errors.one_line(f"{path}: {named}"))
+            errors.show(f"{path}: {named}".replace("\n", "\\n"))
 
 
 # ---------------------------------------------------------------------------------------------- report
 
 
 def held_out(checkpoint, dataset):
-    """The images of a dataset that the run held out, or would have; None if that can't be told."""
+    """The images of the run's dataset that it held out; None if that can't be told."""
     run = checkpoint["args"]
-    same_set = Path(run.get("data") or "/").resolve().name == dataset.name
-    if same_set and "images" in checkpoint and checkpoint["images"] != checkpoints.fingerprint(*dataset.train):
-        return None  # they have changed since: another split would hold out what was trained on
+    if checkpoint.get("images") != checkpoints.fingerprint(*dataset.train):
+        return None  # other images than the run's, or the same in part: a split may hold out what was trained on
     try:
         return data.split(dataset.train, run["val_split"], run["seed"])[1] if run.get("val_split") else None
     except ValueError:  # too few
@@ -294,6 +296,8 @@ def export(args, checkpoint, model, device):
     path, shape = Path(args.export), (checkpoint["channels"], checkpoint["image_size"], checkpoint["image_size"])
     if not path.parent.is_dir():
         raise ValueError(f"--export {path}: the folder {path.parent} doesn't exist")
+    if path.exists() and (not path.is_file() or path.samefile(args.checkpoint)):
+        raise ValueError(f"--export {path} would replace the checkpoint, or what is no file: name another file")
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"--export {path} must end in .pt2 (torch.export) or .onnx")
     model = model.cpu().requires_grad_(False)
@@ -348,6 +352,7 @@ def command(argv):
     args = make_parser().parse_intermixed_args(argv)
     mode = check(args)
     device = devices.choose_device(args.device)
+    devices.speed_up(device)
     checkpoint = checkpoints.load(args.checkpoint)
     with checkpoints.blamed(args.checkpoint), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # of large or half transparent images, which it reads

@@ -9,7 +9,7 @@ In a loop of your own (this file needs the standard library alone):
 
     groups = [{"lr": 0.1}]                                      # in real life, optimizer.param_groups
     for group in groups:
-        group["initial_lr"] = group["lr"]
+        group.setdefault("initial_lr", group["lr"])             # which optimizer.state_dict() keeps for a resume
     multiplier = schedule("cosine", lr=0.1, epochs=20, warmup_epochs=2)
     steps_per_epoch = 100
     for step in range(20 * steps_per_epoch):
@@ -33,6 +33,7 @@ import inspect
 import itertools
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -89,7 +90,7 @@ def onecycle(t, *, length):
     peak = 0.3 * (length + 1) - 1
     if t < peak:
         return 1 + (1 / 25 - 1) * (1 + math.cos(math.pi * t / peak)) / 2
-    return cosine(t - peak, t_max=length - peak, floor=1 / 25e4)
+    return cosine(min(t, length) - peak, t_max=length - peak, floor=1 / 25e4)
 
 
 def plateau(t, *, values, mode, gamma, patience_epochs, floor):
@@ -302,4 +303,5 @@ def plot(multipliers, lr, epochs, path):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()

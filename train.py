@@ -109,7 +109,7 @@ def prepare(args) -> Run:
     """Load the data, build the model and all that trains it; reject what can't work; measure --minutes."""
     device = distributed.local_device(devices.choose_device(args.device))
     devices.speed_up(device)
-    precision = devices.choose_precision(args.amp, device)
+    precision = distributed.agreed(devices.choose_precision(args.amp, device), "amp")
     dataset, train_set, val_set = build.load_data(args)
     if args.data in data.DOWNLOADS and dataset.name == "shapes":
         args = arguments.changed(args, data="shapes")  # load_data fell back: the set can't be downloaded
@@ -365,6 +365,8 @@ def finish(run, progress, folder, stopped):
             content = distributed.on_main(lambda: checkpoints.load(folder.path / "best.pt"))
             run.eval_model.load_state_dict(content["state_dict"])
             test_loss, test_acc = score(run, run.dataset.test)
+            if not math.isfinite(test_loss):
+                raise ValueError(f"the test loss is {test_loss}: an output isn't finite, try --amp off")
             folder.log(evaluation.test_line(run.dataset, test_loss, test_acc, args.tta, "read once"))
     elif stopped == "interrupted":
         folder.log(f"interrupted: python train.py --resume {folder.path / 'last.pt'} goes on from here")

@@ -248,6 +248,14 @@ def test_other_kinds_and_shapes_are_rejected():
             next(augment.batches(split, 2, (0.5,), (0.5,), "cpu", key=(0, 0), augment=kind))
 
 
+def test_what_batches_cannot_take_is_rejected_at_once():
+    images, labels = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"float32 must be torch\.uint8"):
+        next(augment.batches((images, labels), 2, (0.5,), (0.5,), "cpu"))
+    with pytest.raises(ValueError, match="need num_classes"):
+        next(augment.batches((images.byte(), labels), 2, (0.5,), (0.5,), "cpu", key=(0, 0), mixup=0.8))
+
+
 def test_tta_is_the_mean_over_its_views():
     images = torch.arange(64.0).view(1, 1, 8, 8).expand(3, 2, 8, 8)
     as_it_is, up_left, down_right, *mirrored = augment.tta_views(images, flip=True, shift=2)

@@ -365,6 +365,22 @@ def test_a_broken_transfer_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_transfer_that_is_cut_short_is_tried_elsewhere_and_leaves_nothing(tmp_path, monkeypatch):
+    """A peer that closes early is the end of the file, for http.client."""
+    from torchvision.datasets import CIFAR10
+
+    asked = []
+
+    def cut(address, **options):
+        asked.append(address)
+        return io.BytesIO(b"half of it")
+
+    monkeypatch.setattr("urllib.request.urlopen", cut)
+    with pytest.raises(data.Unavailable, match="10 bytes came, whose checksum is wrong"):
+        data.load("cifar10", tmp_path)
+    assert asked == [*data.MIRRORS["cifar10"], CIFAR10.url] and not list(tmp_path.iterdir())
+
+
 def test_files_that_are_no_images_are_counted(tmp_path):
     root = write_folder(tmp_path / "pets", (8, 8))
     assert data.load(root, tmp_path).note == ""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HERE, TINY_MLP, assert_same_run, call, halt, python
+from conftest import HERE, TINY_MLP, Killed, assert_same_run, call, halt, python
 
 import data as datasets
 from utils import arguments, build, checkpoints, distributed, errors, evaluation, models
@@ -165,6 +165,38 @@ def test_a_run_that_was_interrupted_or_moved_is_started_anew(more, tiny, monkeyp
     monkeypatch.setattr(distributed, "restarted", lambda: True)
     assert call(*flags) == 0
     assert checkpoints.load("run/last.pt")["epoch"] == 3
+
+
+def test_a_moved_run_that_dies_in_its_first_epoch_is_started_anew(tiny, monkeypatch):
+    assert call(*TINY_MLP, "--out", "first") == 0
+    flags = ["--resume", "first/last.pt", "--epochs", 3, "--out", "run"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        halt(patch, 1, killed=True)
+        call(*flags)
+    monkeypatch.setattr(distributed, "restarted", lambda: True)
+    assert call(*flags) == 0
+    assert checkpoints.load("run/last.pt")["epoch"] == 3
+
+
+def test_processes_that_differ_in_precision_are_rejected(tiny, monkeypatch, capsys):
+    """The gradients of one in fp16 are scaled, those of another aren't."""
+    monkeypatch.setattr(distributed, "all_gather", lambda value: [value, "fp16"])
+    assert call(*TINY_MLP, "--amp", "bf16", "--out", "run") == 2
+    assert "amp is bf16 and fp16 in different processes" in capsys.readouterr().err
+
+
+def test_a_lost_process_is_not_the_fault_of_a_checkpoint():
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:1")
+    with pytest.raises(RuntimeError, match="closed by peer"), checkpoints.blamed("run/last.pt"):
+        raise lost
+
+
+def test_in_a_group_a_mistake_keeps_its_place(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(RuntimeError) as caught:
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    assert "test_distributed.py:" in errors.unforeseen(caught.value)
+    assert "stops" in errors.unforeseen(RuntimeError("Connection closed by peer"))
 
 
 def test_other_batches_with_another_number_of_processes_are_rejected(tiny, monkeypatch, capsys):

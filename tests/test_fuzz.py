@@ -315,7 +315,8 @@ def test_files_of_any_kind_in_any_place(tiny, monkeypatch, capsys):
         for name, content in before.items():
             folder = {"compare.py": "cmp", "train.py": "run" if "--resume" in argv else None}.get(program)
             written = name.parts[0] == folder or name == Path(path) == Path(output)
-            linked = kind == "a link to another file" and name.name == "precious.txt"  # whoever links so wants it so
+            # Whoever links so wants it so, but for a name that is nobody's.
+            linked = kind == "a link to another file" and name.name == "precious.txt" and ".tmp" not in str(path)
             if content and after.get(name) != content and (not written or name.name == "a.txt") and not linked:
                 judge.wrong.append(f"{kind} as {path}: {program} {argv}: {name} was changed")
         assert not Path("owned").exists()

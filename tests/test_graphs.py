@@ -1,6 +1,8 @@
 """Tests: a step as one CUDA graph. What a replay computes can be seen on a GPU alone, what is done with it anywhere."""
 
 import contextlib
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +124,25 @@ def test_a_graph_that_fails_or_differs_costs_a_line(change, said, fake_cuda, mon
     graphed = weights_after(change, monkeypatch, lines)
     assert len(lines) == 1 and said in lines[0] and "\n" not in lines[0]
     assert all(torch.allclose(a, b) for a, b in zip(eager, graphed, strict=True))
+
+
+def test_a_failed_recording_holds_nothing_of_what_it_recorded(fake_cuda, monkeypatch):
+    held = []
+
+    @contextlib.contextmanager
+    def failing_with_much(graphed, step):
+        much = torch.zeros(9)
+        held.append(weakref.ref(much))
+        raise RuntimeError("out of memory")
+        yield
+
+    gc.collect()
+    gc.disable()
+    try:
+        weights_after(failing_with_much, monkeypatch, [])
+        assert held and held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_the_difference_is_a_share_of_the_step():

@@ -213,6 +213,51 @@ def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path):
     assert not (tmp_path / "pipe").is_file()
 
 
+def test_a_link_by_the_name_of_a_temporary_file_is_not_written_through(tmp_path):
+    (tmp_path / "precious.txt").write_text("precious")
+    (tmp_path / "last.pt.tmp").symlink_to("precious.txt")
+    with pytest.raises(OSError, match=r"last\.pt\.tmp is a link"):
+        checkpoints.write(b"content", tmp_path / "last.pt")
+    assert (tmp_path / "precious.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("use", ["--eval", "--resume"])
+@pytest.mark.parametrize("where", ["mean", "args", "metrics"])
+def test_one_string_in_many_places_is_not_written_out(use, where, tiny, capsys):
+    """20 kB that a file shares a million times would make messages of 18 GB."""
+    assert call(*TINY_MLP, "--out", "run") == 0
+    content, text = last(), 20_000 * "a"
+    odd = {"mean": (text,) * 900_000, "args": content["args"] | {"seed": [text] * 900_000}}
+    odd["metrics"] = {f"{i:06}{994 * 'k'}": 0.0 for i in range(3)} | {"x": [text] * 900_000}
+    torch.save(content | {where: odd[where]}, "odd.pt")
+    assert Path("odd.pt").stat().st_size < 10**7
+    capsys.readouterr()
+    assert call(use, "odd.pt") == 2
+    one_line(capsys, "more text than the file could")
+
+
+def test_sizes_that_are_no_lists_contradict_the_weights(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    content = checkpoints.load("run/best.pt")
+    sizes = {"model_args": content["model_args"] | {"hidden": 5}, "args": content["args"] | {"hidden": 5}}
+    checkpoints.save(content | sizes, "odd.pt")
+    capsys.readouterr()
+    assert call(*TINY_MLP, "--teacher", "odd.pt", "--out", "pupil") == 2
+    one_line(capsys, "odd.pt holds weights that don't fit")
+
+
+def test_a_test_loss_that_is_not_finite_is_no_result(tiny, monkeypatch, capsys):
+    real = train.score
+
+    def score(run, split):
+        return (float("nan"), 0.1) if split is run.dataset.test else real(run, split)
+
+    monkeypatch.setattr(train, "score", score)
+    assert call(*TINY_MLP, "--out", "run") == 1
+    one_line(capsys, "the test loss is nan")
+    assert not Path("run/result.json").exists()
+
+
 def test_files_of_flags_that_name_each_other_end(tiny, capsys):
     Path("0.args").write_text("--lr 1")
     for i in range(1, 40):

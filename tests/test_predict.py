@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -63,12 +64,14 @@ def test_runs_are_named_by_what_differs(tmp_path):
         "sgd",
         "adamw (mean \N{PLUS-MINUS SIGN} sd of 2 seeds)",
     ]
+    assert named(dict(data="1/images", seed=1), dict(data="2/images", seed=2)) == ["1/images", "2/images"]
     before = len(list(tmp_path.iterdir()))
     assert named({}, {}) == [f"{before}", f"{before + 1}"]  # the same run twice isn't two seeds
     for same in (dict(no_test=True), dict(compile=True), dict(minutes=1.0, epochs=1.23)):  # they change no result
         other = {name: value + 0.1 if name == "epochs" else value for name, value in same.items() if name == "minutes"}
         other |= {"epochs": 1.24} if "epochs" in same else {}
         assert named(dict(seed=1, **same), dict(seed=2, **other))[0].endswith("sd of 2 seeds)"), same
+    (tmp_path / "0" / "seed-notes.txt").touch()  # no seed of --runs
     (tmp_path / "0" / "result.json").unlink()  # as while it goes on
     assert next(iter(plot.collect([tmp_path / "0", tmp_path / "1"])[0])) == str(tmp_path / "0")
 
@@ -147,6 +150,7 @@ def trained(tiny):
     def make(name, model, data, **more):
         content = dict(model=name.split("-")[0], model_args=model.model_args, classes=data.classes, epoch=1, metrics={})
         content |= dict(image_size=data.test[0].shape[-1], channels=data.test[0].shape[1], mean=data.mean, std=data.std)
+        content["images"] = checkpoints.fingerprint(*data.train)
         content |= dict(
             state_dict=give_head_weights(model).state_dict(), args=dict(val_split=0.1, seed=0, data=data.name)
         )
@@ -235,6 +239,47 @@ def test_what_pillow_warns_of_is_predicted_in_silence(trained, tiny, monkeypatch
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert predict.main(["cnn.pt", "image.png"]) == 0
     assert not list(recwarn)
+
+
+def test_all_that_top_asks_for_is_printed(trained, tiny, capsys):
+    content = checkpoints.load("cnn.pt")
+    classes = [f"class {i} " + 200 * "x" for i in range(10)]
+    checkpoints.save(content | {"classes": classes}, "long.pt")
+    Image.new("RGB", (32, 32)).save("my  image\n.png")
+    assert predict.main(["long.pt", "my  image\n.png", "--top", "10"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("my  image\\n.png: ") and len(said.splitlines()) == 1
+    assert all(name in said for name in classes)
+
+
+@pytest.mark.parametrize("argv", [["image.png"], ["--report", "shapes"], ["--eval"]])
+def test_outputs_that_are_not_finite_are_no_result(argv, trained, tiny, capsys):
+    Image.new("RGB", (32, 32), "red").save("image.png")
+    content = checkpoints.load("cnn.pt")
+    content["state_dict"]["head.weight"].fill_(1e38)
+    checkpoints.save(content, "huge.pt")
+    status = call("--eval", "huge.pt") if argv == ["--eval"] else predict.main(["huge.pt", *argv])
+    assert status == 2
+    said = capsys.readouterr()
+    assert "not finite" in said.err and len(said.err.splitlines()) == 1 and said.out == ""
+
+
+def test_no_temperature_is_fitted_on_other_images_than_the_run_held_out(trained, undrawn, tiny, capsys):
+    """Of the same classes and size: some of them may be images that it was trained on."""
+    content = checkpoints.load("cnn.pt")
+    checkpoints.save(content | {"images": content["images"] + 1, "args": content["args"] | {"data": "x"}}, "other.pt")
+    assert predict.main(["other.pt", "--report", "shapes"]) == 0
+    assert "temperature" not in capsys.readouterr().out
+
+
+def test_an_export_replaces_neither_checkpoint_nor_pipe(trained, tiny, capsys):
+    Path("cnn.pt").rename("cnn.pt2")
+    before = Path("cnn.pt2").read_bytes()
+    assert predict.main(["cnn.pt2", "--export", "cnn.pt2"]) == 2
+    os.mkfifo("pipe.pt2")
+    assert predict.main(["cnn.pt2", "--export", "pipe.pt2"]) == 2
+    assert Path("cnn.pt2").read_bytes() == before and not Path("pipe.pt2").is_file()
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 PREDICT_WRONG = [

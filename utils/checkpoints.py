@@ -57,11 +57,15 @@ PLAIN = {"model_args", "classes", "mean", "std", "metrics", "args", "history", "
 DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool
 SCALARS = ("step", "mu_product")  # in an optimizer's state of a parameter; all else in it has the parameter's shape
 MOST_VALUES, DEEPEST = 1_000_000, 8  # a history has nine values an epoch
+MOST_TEXT = 10_000_000  # characters beyond the length of the file: a history names its columns in each row
 DEEPEST_PICKLE = 100  # objects within objects, as Python pickles them
 # What a checkpoint's pickle may call: tensors, their memory, and the dicts of state dicts and of schedulers.
 HARMLESS = re.compile(
     r"torch\._utils _rebuild_(tensor_v2|parameter)|torch (\w+Storage|Size)|collections (OrderedDict|Counter)"
 )
+
+# In what is raised when another process of a group has ended or is silent.
+OTHERS = "gloo|nccl|closed by peer|connection (reset|refused)|timed out"
 
 
 def save(content: dict, path):
@@ -77,6 +81,8 @@ def write(content: bytes, path):
     for name in (path, temporary):  # a device must not be replaced, and writing into a pipe would wait for ever
         if os.path.exists(name) and not os.path.isfile(name):
             raise OSError(f"{name} is in the way: remove it")
+    if os.path.islink(temporary):  # whoever made it didn't mean that file to be overwritten
+        raise OSError(f"{temporary} is a link: remove it")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -214,7 +220,7 @@ def validate(path, content, keys: dict, size: int):
 
 def _walk(content, size, tensors=True):
     """Raise ValueError unless a nested value has plain types, a bounded size, and tensors as they are saved."""
-    seen, held, stack = 0, 0, [(content, 0, "it")]
+    seen, held, text, stack = 0, 0, 0, [(content, 0, "it")]
     while stack:
         value, depth, name = stack.pop()
         seen += 1
@@ -234,15 +240,20 @@ def _walk(content, size, tensors=True):
             for key, inner in value.items():
                 if not isinstance(key, (str, int)) or len(str(key)) > 1000:
                     raise ValueError(f"{name} has a key that is no name")
+                text += len(str(key))
                 stack.append((inner, depth + 1, str(key)))
         elif isinstance(value, (list, tuple)):
             if seen + len(stack) + len(value) > MOST_VALUES:
                 raise ValueError(f"{name} holds more values than any run leaves there")
             stack.extend((inner, depth + 1, name) for inner in value)
+        elif isinstance(value, str):
+            text += len(value)
         elif isinstance(value, int) and not -(2**63) <= value < 2**64:
             raise ValueError(f"{name} holds a number that is too large")
-        elif not isinstance(value, (int, float, str, type(None))):
+        elif not isinstance(value, (int, float, type(None))):
             raise ValueError(f"{name} holds a {type(value).__name__}")
+        if text > size + MOST_TEXT:  # one string, in many places
+            raise ValueError(f"{name} holds more text than the file could")
 
 
 def _validate_description(content, damaged):
@@ -256,7 +267,7 @@ def _validate_description(content, damaged):
         finite = all(isinstance(x, float) and abs(x) < 1e6 for x in numbers)
         if len(numbers) != content["channels"] or not finite:
             raise damaged(f"its {name} is {str(numbers)[:80]}")
-    if min(content["std"]) <= 0:
+    if min(content["std"]) <= 1e-6:
         raise damaged(f"its std is {content['std']}")
     for name, value in content["model_args"].items():
         if content["args"].get(name) not in (None, value):
@@ -356,7 +367,7 @@ def blamed(path):
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         text = str(error)
-        if path is None or re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
+        if path is None or re.search(f"out of memory|can't allocate memory|{OTHERS}", text, re.IGNORECASE):
             raise
         raise ValueError(f"{path} holds what no run leaves there: {type(error).__name__}: {text[:200]}") from None
 

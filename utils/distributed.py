@@ -202,6 +202,14 @@ def all_gather(value) -> list:
     return values
 
 
+def agreed(value, what: str):
+    """A value that all processes must have found alike. Raises ValueError if they haven't."""
+    values = sorted(set(all_gather(value)))
+    if len(values) > 1:
+        raise ValueError(f"{what} is {' and '.join(values)} in different processes: give one that suits all")
+    return value
+
+
 def broadcast(model: torch.nn.Module):
     """Give every process rank 0's weights and statistics."""
     if world_size() > 1:

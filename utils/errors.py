@@ -8,6 +8,7 @@ rule foresaw is one line, too, with the place in the code; python -X dev shows t
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from utils import devices, distributed
+from utils import checkpoints, devices, distributed
 
 LONGEST = 1000  # characters of a message
 STATUS_OF = {"non-finite loss": 1}  # by why a run stopped; 0 for the others, 128 + n for a signal
@@ -90,14 +91,10 @@ def exit_status(program, function, *, flags=str):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        said = flags(str(error))
-        if distributed.rank() > 0:  # most likely all processes see the same mistake
-            time.sleep(3)  # then rank 0 has said so by now, and torchrun ends this process
-            said = f"process {distributed.rank()}: {said}"
-        complain(program, said)
+        complain_once(program, flags(str(error)))
         return 2
     except Failed as error:
-        complain(program, flags(str(error)))
+        complain_once(program, flags(str(error)))
         return 1
     except Exception as error:
         if devices.is_out_of_memory(error):
@@ -111,6 +108,14 @@ def exit_status(program, function, *, flags=str):
         flush_output()
 
 
+def complain_once(program, said):
+    """Complain, but in process 0 first: most likely all processes of a group have met the same."""
+    if distributed.rank() > 0:
+        time.sleep(3)  # by now torchrun has ended this process, if process 0 has complained
+        said = f"process {distributed.rank()}: {said}"
+    complain(program, said)
+
+
 def flush_output():
     """Write what is left to be written; else Python does it at the end, and prints its own words where it can't."""
     if sys.stdout is not None:
@@ -122,7 +127,8 @@ def flush_output():
 
 def unforeseen(error: Exception) -> str:
     """What no rule foresaw, such as a mistake in a model of one's own: the error, its place, how to see all of it."""
-    if distributed.world_size() > 1 and isinstance(error, RuntimeError):  # most likely another process has ended
+    lost = isinstance(error, RuntimeError) and re.search(checkpoints.OTHERS, str(error), re.IGNORECASE)
+    if lost and distributed.world_size() > 1:  # most likely another process has ended
         silent = f"another one was silent for {distributed.TIME_LIMIT}"
         return f"process {distributed.rank()} stops: {silent if 'timed out' in str(error).lower() else error}"
     place = traceback.extract_tb(error.__traceback__)[-1]

@@ -38,10 +38,13 @@ def test(checkpoint, path, *, data, data_dir, device, amp):
     """Test a checkpoint as its run did. Returns the dataset, and the mean loss and accuracy on its test images."""
     dataset = models.dataset_for(checkpoint, data, data_dir, path)
     device = distributed.local_device(devices.choose_device(device))
+    devices.speed_up(device)
     precision = devices.choose_precision(amp, device)
     model = models.rebuild(checkpoint, path).to(device)
     options = {name: args_of(checkpoint)[name] for name in ("loss", "tta", "flip")}
     loss, acc = evaluate(model, dataset.test, dataset, device, precision, **options)
+    if not math.isfinite(loss):
+        raise ValueError(f"{path} gives a loss of {loss} on {dataset.name}: its outputs are not finite numbers")
     return dataset, loss, acc
 
 

@@ -19,8 +19,8 @@ import torch
 def initialise(model: torch.nn.Module, start: dict, classes: list) -> str:
     """Give a model the weights of `start`, a dict with state_dict and classes, as far as they fit.
 
-    A head for other classes is left as it is, and positions are resized by the model's resize_positions, if it has one.
-    Returns one line that says how far it went. Raises ValueError if nothing fits.
+    A head, by that name, for other classes is left as it is. Positions are resized by the model's resize_positions, if
+    it has one. Returns one line that says how far it went. Raises ValueError if nothing fits.
     """
     state = start["state_dict"]
     if start["classes"] and list(start["classes"]) != list(classes):

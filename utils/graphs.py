@@ -139,6 +139,7 @@ class GraphedStep:
         except RuntimeError as failure:
             first = failure.__context__ or failure  # the step's own error, not that of ending the recording after it
             reason = str(first).split("\n")[0] or type(first).__name__
+            del first  # its traceback holds this frame, and with it all that was recorded
         if reason:
             self.log(f"a CUDA graph doesn't work here, going on without it: {reason}")
             self.failed, self.recording = True, None

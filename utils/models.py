@@ -34,10 +34,12 @@ def rebuild(checkpoint: dict, path="the checkpoint") -> torch.nn.Module:
     sizes = checkpoint["model_args"]
     described = (checkpoint["image_size"], checkpoint["channels"], len(checkpoint["classes"]))
     if (sizes.get("image_size"), sizes.get("channels"), sizes.get("num_classes")) != described:
-        raise ValueError(f"{path} contradicts itself: a model of {sizes} for images and classes {described}")
-    layers = [sizes.get("depth"), len(sizes.get("hidden") or ()), len(sizes.get("widths") or ())]
+        raise ValueError(f"{path} contradicts itself: a model of {str(sizes)[:200]} for images and classes {described}")
+    layers = [sizes.get("depth")]
+    for name in ("hidden", "widths"):
+        layers.append(len(sizes[name]) if isinstance(sizes.get(name), (list, tuple)) else 0)
     if any(isinstance(count, int) and count > len(checkpoint["state_dict"]) for count in layers):
-        raise ValueError(f"{path} contradicts itself: a model of {sizes} has more layers than its weights")
+        raise ValueError(f"{path} contradicts itself: a model of {str(sizes)[:200]} has more layers than its weights")
     try:
         with torch.device("meta"):  # takes no memory, however large the sizes that the file claims
             model = CLASSES[name](**sizes)

@@ -153,7 +153,7 @@ def draw_mistakes(images, logits, labels, classes, path, count=36):
 
 
 def draw_reliability(calibrations, path):
-    """Plot how often predictions of each confidence are right; calibrations is name -> what `calibration` returns."""
+    """Plot how often predictions of each confidence are right, of one or two: name -> what `calibration` returns."""
     figure = new_figure(6, 6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 100], [0, 100], color="#999999", linestyle="--", linewidth=1.2, label="perfectly calibrated")

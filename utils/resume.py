@@ -127,6 +127,8 @@ def folder_of_run(run, progress, best: dict | None) -> run_folder.RunFolder:
             folder.save("best.pt", best_content(run, progress))
         elif kept and moved:
             folder.save("best.pt", kept)
+    if moved:  # a restart finds all that it needs here
+        folder.save("last.pt", last_content(run, progress))
     return folder
 
 
