@@ -36,8 +36,8 @@ def rebuild(checkpoint: dict, path="the checkpoint") -> torch.nn.Module:
     if (sizes.get("image_size"), sizes.get("channels"), sizes.get("num_classes")) != described:
         raise ValueError(f"{path} contradicts itself: a model of {str(sizes)[:200]} for images and classes {described}")
     layers = [sizes.get("depth")]
-    for name in ("hidden", "widths"):
-        layers.append(len(sizes[name]) if isinstance(sizes.get(name), (list, tuple)) else 0)
+    for key in ("hidden", "widths"):
+        layers.append(len(sizes[key]) if isinstance(sizes.get(key), (list, tuple)) else 0)
     if any(isinstance(count, int) and count > len(checkpoint["state_dict"]) for count in layers):
         raise ValueError(f"{path} contradicts itself: a model of {str(sizes)[:200]} has more layers than its weights")
     try:
