@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import signal
 import statistics
 import sys
@@ -54,9 +55,8 @@ def read_result(run):
         return {"args": {}}
     try:
         result = json.loads(path.read_text())
-        args = result["args"]
-        if result["data"] == "shapes":  # perhaps in place of what couldn't be downloaded
-            args = {**args, "data": "shapes"}
+        args = {**result["args"], "data": result["data"]}
+        args["folder"] = os.path.realpath(result["args"]["data"])  # two may have one name
         if args.get("minutes"):  # the length was measured: another one for each seed
             args = {name: value for name, value in args.items() if name not in ("epochs", "warmup_epochs")}
         return {**result, "args": args}
@@ -258,5 +258,6 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()

@@ -20,8 +20,10 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
+if __name__ == "__main__":
+    sys.path.insert(0, __file__.removesuffix("predict.py"))  # python -P leaves this folder out
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import torch
 import torch.nn.functional as F
@@ -251,6 +253,8 @@ def print_report(args, checkpoint, model, device):
         results["calibration_error_with_temperature"] = calibrations[name][0]
         text += f"; {calibrations[name][0]:.4f} with the logits divided by {temperature:.3f}, "
         text += f"a temperature fitted on {len(val.labels):,} validation images"
+    elif checkpoint["args"].get("val_split"):
+        log("note: no temperature, which needs the images that the run held out")
     if args.json:
         errors.show(json.dumps(results))
     else:
@@ -352,7 +356,8 @@ def command(argv):
     args = make_parser().parse_intermixed_args(argv)
     mode = check(args)
     device = devices.choose_device(args.device)
-    devices.speed_up(device)
+    if mode != "export":  # which works on the CPU, and compares
+        devices.speed_up(device)
     checkpoint = checkpoints.load(args.checkpoint)
     with checkpoints.blamed(args.checkpoint), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # of large or half transparent images, which it reads

@@ -22,8 +22,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
+if __name__ == "__main__":
+    sys.path.insert(0, __file__.removesuffix("train.py"))  # python -P leaves this folder out
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import torch
 
@@ -365,9 +367,11 @@ def finish(run, progress, folder, stopped):
             content = distributed.on_main(lambda: checkpoints.load(folder.path / "best.pt"))
             run.eval_model.load_state_dict(content["state_dict"])
             test_loss, test_acc = score(run, run.dataset.test)
-            if not math.isfinite(test_loss):
-                raise ValueError(f"the test loss is {test_loss}: an output isn't finite, try --amp off")
-            folder.log(evaluation.test_line(run.dataset, test_loss, test_acc, args.tta, "read once"))
+            if math.isfinite(test_loss):
+                folder.log(evaluation.test_line(run.dataset, test_loss, test_acc, args.tta, "read once"))
+            else:
+                folder.log(f"the test loss is {test_loss}: --eval {folder.path / 'best.pt'} --amp off may tell more")
+                stopped, test_loss, test_acc = "non-finite loss", None, None
     elif stopped == "interrupted":
         folder.log(f"interrupted: python train.py --resume {folder.path / 'last.pt'} goes on from here")
     result = run_folder.result_of(run, history, best, stopped, test_loss, test_acc)
@@ -396,7 +400,7 @@ def run_once(args, checkpoint=None):
             stopped = "non-finite loss"
         result = finish(run, progress, folder, stopped)
     number = distributed.all_max(caught[0] if caught else 0)  # of a signal, also one in the last test
-    status = 128 + number if number else errors.STATUS_OF.get(stopped, 0)
+    status = 128 + number if number else errors.STATUS_OF.get(result["stopped"], 0)
     return result, status
 
 

@@ -253,9 +253,11 @@ def test_a_test_loss_that_is_not_finite_is_no_result(tiny, monkeypatch, capsys):
         return (float("nan"), 0.1) if split is run.dataset.test else real(run, split)
 
     monkeypatch.setattr(train, "score", score)
-    assert call(*TINY_MLP, "--out", "run") == 1
-    one_line(capsys, "the test loss is nan")
-    assert not Path("run/result.json").exists()
+    assert call(*TINY_MLP, "--runs", 2, "--out", "many") == 1
+    said = capsys.readouterr()
+    assert "the test loss is nan: --eval many/seed-1/best.pt --amp off" in said.out and said.err == ""
+    result = json.loads(Path("many/seed-1/result.json").read_text())
+    assert result["stopped"] == "non-finite loss" and result["test_loss"] is result["test_acc"] is None
 
 
 def test_files_of_flags_that_name_each_other_end(tiny, capsys):
@@ -532,9 +534,10 @@ def test_diagnose_rejects_what_training_rejects(flags, tiny, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["-OO", "-W error"])
+@pytest.mark.parametrize("options", ["-OO", "-W error", "-I"])
 def test_other_ways_to_start_python(options, tmp_path):
-    for command in ("diagnose.py --help", "plot.py --help", "mlp_mnist.py", "schedulers.py", "compare.py --help"):
+    others = [f"{name}.py --help" for name in ("train", "predict", "compare", "diagnose", "plot", "bench")]
+    for command in ("mlp_mnist.py", "schedulers.py", *others):
         done = python(*options.split(), HERE / command.split()[0], *command.split()[1:], cwd=tmp_path)
         assert done.returncode == 0 and "Traceback" not in done.stderr, (command, done.stderr)
 

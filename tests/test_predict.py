@@ -64,7 +64,10 @@ def test_runs_are_named_by_what_differs(tmp_path):
         "sgd",
         "adamw (mean \N{PLUS-MINUS SIGN} sd of 2 seeds)",
     ]
-    assert named(dict(data="1/images", seed=1), dict(data="2/images", seed=2)) == ["1/images", "2/images"]
+    assert named(dict(data="1/images", seed=1), dict(data="2/images", seed=2)) == [
+        f"folder {Path(name).resolve()}" for name in ("1/images", "2/images")
+    ]
+    assert named(dict(data="images", seed=1), dict(data="./images/", seed=2))[0].endswith("sd of 2 seeds)")
     before = len(list(tmp_path.iterdir()))
     assert named({}, {}) == [f"{before}", f"{before + 1}"]  # the same run twice isn't two seeds
     for same in (dict(no_test=True), dict(compile=True), dict(minutes=1.0, epochs=1.23)):  # they change no result
@@ -269,7 +272,8 @@ def test_no_temperature_is_fitted_on_other_images_than_the_run_held_out(trained,
     content = checkpoints.load("cnn.pt")
     checkpoints.save(content | {"images": content["images"] + 1, "args": content["args"] | {"data": "x"}}, "other.pt")
     assert predict.main(["other.pt", "--report", "shapes"]) == 0
-    assert "temperature" not in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "temperature" not in said.out and "note: no temperature" in said.err
 
 
 def test_an_export_replaces_neither_checkpoint_nor_pipe(trained, tiny, capsys):

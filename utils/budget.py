@@ -64,7 +64,8 @@ def steps_within(seconds: float, step: Callable, per_epoch: int, others: list[tu
     epoch, which is timed and multiplied by scale.
     """
     began = time.perf_counter()
-    for _ in range(8):  # the device's own warm-up apart, and the recording of a CUDA graph after 4 whole batches
+    # The device's own warm-up apart, and the recording of a CUDA graph at the 4th whole batch.
+    for _ in range(8 if torch.cuda.is_initialized() else 5):
         step()
     count, taken = 0, 0.0
     while count < per_epoch and taken < 0.03 * seconds:

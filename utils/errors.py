@@ -110,7 +110,7 @@ def exit_status(program, function, *, flags=str):
 
 def complain_once(program, said):
     """Complain, but in process 0 first: most likely all processes of a group have met the same."""
-    if distributed.rank() > 0:
+    if distributed.rank() > 0 and not said.startswith("process "):  # that another one was lost, which may be process 0
         time.sleep(3)  # by now torchrun has ended this process, if process 0 has complained
         said = f"process {distributed.rank()}: {said}"
     complain(program, said)
