@@ -250,11 +250,14 @@ def main():
     try:
         runs, best = collect(with_metrics(args.runs))
         draw(runs, args.out, best)
-        print(f"wrote {args.out}", flush=True)
     except (ArithmeticError, ValueError, OSError, RuntimeError) as error:  # such as matplotlib's, set to LaTeX
         parser.error(" ".join(str(error).split())[:1000])
     except ImportError:
         parser.exit(1, "plot.py: error: there is no matplotlib: pip install matplotlib\n")
+    try:
+        print(f"wrote {args.out}", flush=True)
+    except OSError:  # a full disk, or nobody reads it: the plot is there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -276,10 +276,10 @@ def main():
         for epoch in range(int(args.epochs) + 1):
             print(f"{epoch},{args.lr * multipliers[args.sched[0]](epoch, [0.0] * epoch):.10g}")
         print(end="", flush=True)  # sys.stdout may be closed, and None
-    except BrokenPipeError:  # ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # ... > a full disk
-        parser.error(f"standard output can't be written ({error})")
+    except OSError as error:  # ... | head, or > a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at the end
+        if not isinstance(error, BrokenPipeError):
+            parser.error(f"standard output can't be written ({error})")
 
 
 def plot(multipliers, lr, epochs, path):

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -149,7 +150,9 @@ def test_schedulers_command_line(tmp_path):
     done = python(HERE / "schedulers.py", "--sched", "step", "--lr", 1, "--epochs", 4, "--step-size", 2)
     assert done.stdout.splitlines() == ["epoch,lr", "0,1", "1,1", "2,0.1", "3,0.1", "4,0.01"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, HERE / "schedulers.py"], stdout=full, stderr=subprocess.PIPE, text=True)
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        options = {"stdout": full, "stderr": subprocess.PIPE, "text": True, "env": buffered}
+        done = subprocess.run([sys.executable, HERE / "schedulers.py"], **options)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "standard output can't be written" in done.stderr
     done = python(HERE / "schedulers.py", "--sched", "all", "--plot", tmp_path / "all.png")
     assert done.returncode == 0 and Image.open(tmp_path / "all.png").width > 600
