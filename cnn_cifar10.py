@@ -15,6 +15,7 @@ Or in a program of your own, with torch alone:
 """
 
 import argparse
+import os
 import sys
 
 import torch
@@ -182,4 +183,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        print(end="", flush=True)
+    except OSError as error:  # ... | head, or > a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at the end
+        sys.exit(None if isinstance(error, BrokenPipeError) else f"cnn_cifar10.py: error: {error}")

@@ -17,6 +17,7 @@ import argparse
 import inspect
 import itertools
 import math
+import os
 import sys
 
 import torch
@@ -401,4 +402,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        print(end="", flush=True)
+    except OSError as error:  # ... | head, or > a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at the end
+        sys.exit(None if isinstance(error, BrokenPipeError) else f"vit.py: error: {error}")
