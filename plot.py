@@ -220,10 +220,10 @@ def draw(runs, path, best=None):
     if losses and max(losses) > 20 * statistics.median(losses) > 0:
         axes[0].set_yscale("log")  # one spike would flatten all the rest
 
-    texts = [name.encode("utf-8", "backslashreplace").decode() for name in runs]  # matplotlib can't draw what isn't
-    names = [
-        Line2D([], [], color=colour, linewidth=5, label=text) for text, colour in zip(texts, COLOURS, strict=False)
-    ]
+    names = []
+    for name, colour in zip(runs, COLOURS, strict=False):
+        label = name.encode("utf-8", "backslashreplace").decode()  # matplotlib can't draw what is no UTF-8
+        names.append(Line2D([], [], color=colour, linewidth=5, label=label))
     legend = figure.legend(handles=names, loc="outside upper center", ncols=columns, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a $ in a folder's name is a $
