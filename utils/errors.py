@@ -88,7 +88,6 @@ def exit_status(program, function, *, flags=str):
     except Interrupted as stop:
         return 128 + stop.args[0]
     except BrokenPipeError:  # ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
         complain_once(program, flags(str(error)))
