@@ -37,6 +37,13 @@ def seeded(*key, device="cpu") -> Generator:
     return Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
+def to_device(tensor: Tensor, device) -> Tensor:
+    """Copy a tensor to a device. Only CUDA isn't waited for: a copy to the host would be read too early, and MPS may
+    read a source that has gone (https://github.com/pytorch/pytorch/issues/189690).
+    """
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def bounds(n: int, batch_size: int, least: int = 1) -> list[tuple[int, int]]:
     """Return (start, stop) of each batch of n images. A last batch of fewer than `least` joins the one before."""
     edges = [(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
@@ -54,10 +61,11 @@ def batches(
 
     `split` is a pair: images, uint8 (n, channels, height, width), and labels, int64 (n,). `mean` and `std` are by
     channel, of pixels in 0..1. Without a key the images come in their order, as they are. With key=(seed, epoch) they
-    are shuffled and augmented, which depends on the key alone: by `crop_and_flip` (augment="strong": `distort`), by
-    `erase_some` in the share `erase` of them and by `mix`, whose alphas are `mixup` and `cutmix`, and which makes the
-    labels float32 (b, num_classes). The last batch may have another size, see `bounds`. Raises ValueError for another
-    `augment`, for mixing without num_classes, and for images of another type, too small or, if "strong", not square.
+    are shuffled, which depends on the key alone, and augmented, which depends on batch_size and the device as well: by
+    `crop_and_flip` (augment="strong": `distort`), by `erase_some` in the share `erase` of them and by `mix`, whose
+    alphas are `mixup` and `cutmix`, and which makes the labels float32 (b, num_classes). The last batch may have
+    another size, see `bounds`. Raises ValueError for another `augment`, for mixing without num_classes, and for images
+    of another type, too small or, if "strong", not square.
 
     `first` batches are left out, and of the others every `every`-th is taken. Of each batch, augmented as a whole, the
     process `rank` of `world_size` gets its share: an empty one where the batch has fewer images than there are
@@ -72,29 +80,29 @@ def batches(
         raise ValueError(f"images of {all_images.dtype} must be torch.uint8, from 0 to 255")
     n = len(all_labels)
     edges = bounds(n, batch_size, least)
-    to_gpu = torch.device(device).type == "cuda"  # a copy to the host that isn't waited for would be read too early
     per_chunk = 1  # batches that are augmented together
     order = torch.arange(n)
     if key is not None:
-        per_chunk = max(1, (GPU_CHUNK // all_images[0].numel() if to_gpu else CHUNK) // batch_size)
+        on_gpu = torch.device(device).type == "cuda"
+        per_chunk = max(1, (GPU_CHUNK // all_images[0].numel() if on_gpu else CHUNK) // batch_size)
         order = torch.randperm(n, generator=seeded(*key))
         flips = alternating_flip(n, *key).to(device) if flip else None
     order = order.to(all_images.device)  # the host where the set is too large for the device: don't wait for its copies
     mean = 255 * torch.tensor(mean, device=device)[:, None, None]
     std = 255 * torch.tensor(std, device=device)[:, None, None]
 
-    chunk = None  # the number of the chunk at hand; its random numbers depend on it and the key alone
+    chunk = None  # the number of the chunk at hand; its random numbers depend on it and the key
     for step in range(first, len(edges), every):
         if step // per_chunk != chunk:
             chunk = step // per_chunk
             inside = edges[chunk * per_chunk : (chunk + 1) * per_chunk]
             offset = inside[0][0]
             chosen = order[offset : inside[-1][1]]
-            chunk_images = all_images.index_select(0, chosen).to(device, non_blocking=to_gpu)
-            chunk_labels = all_labels.index_select(0, chosen.to(all_labels.device)).to(device, non_blocking=to_gpu)
+            chunk_images = to_device(all_images.index_select(0, chosen), device)
+            chunk_labels = to_device(all_labels.index_select(0, chosen.to(all_labels.device)), device)
             if key is not None:
                 generator = seeded(*key, chunk, device=device)
-                flipped = None if flips is None else flips[chosen.to(device, non_blocking=to_gpu)]
+                flipped = None if flips is None else flips[to_device(chosen, device)]
                 geometry = distort if augment == "strong" else crop_and_flip
                 chunk_images = geometry(chunk_images, crop_pad, flipped, generator)
             chunk_images = chunk_images.float().sub_(mean).mul_(1 / std)
@@ -170,6 +178,8 @@ def distort(images: Tensor, max_shift: int, flipped: Tensor | None, generator: G
         spread = F.interpolate(torch.eye(4, device=images.device)[None, None], (size, 4), mode="bicubic")[0, 0]
         grid = grid + (spread @ coarse @ spread.T).permute(0, 2, 3, 1)
     padding = "reflection" if channels == 3 else "border"  # reflected strokes would make other digits
+    if padding == "border" and images.device.type == "mps":  # torch before 2.13 lacks it there; this is the same
+        grid, padding = grid.clamp(1 / size - 1, 1 - 1 / size), "zeros"
     images = F.grid_sample(images.float(), grid, padding_mode=padding, align_corners=False)
     if channels == 3:
         brightness = 1 + uniform(0.3)[:, None, None, None]
@@ -181,12 +191,14 @@ def distort(images: Tensor, max_shift: int, flipped: Tensor | None, generator: G
     return images.clamp(0, 255)
 
 
-def rectangles(area, ratio, height: int, width: int, generator: Generator, device) -> Tensor:
-    """Draw a rectangle at random in each image: bool masks (b, 1, height, width) on the device, true inside.
+def rectangles(images: Tensor, area: Tensor, ratio: Tensor, generator: Generator) -> Tensor:
+    """Draw a rectangle at random in each image: bool masks (b, 1, height, width) on its device, true inside.
 
     `area` (a share of the image's) and `ratio` (of the sides) are float (b,) on the generator's device, which may be
     the CPU: four numbers an image are copied then, not a mask.
     """
+    height, width = images.shape[2:]
+    device = images.device
 
     def interval(length, size):
         length = (length.clamp(max=1) * size).round()
@@ -194,7 +206,7 @@ def rectangles(area, ratio, height: int, width: int, generator: Generator, devic
         return [start, start + length]
 
     edges = interval((area * ratio).sqrt(), height) + interval((area / ratio).sqrt(), width)
-    top, bottom, left, right = torch.stack(edges).to(device, non_blocking=True)[:, :, None, None, None]
+    top, bottom, left, right = to_device(torch.stack(edges), device)[:, :, None, None, None]
     row = torch.arange(height, device=device)[:, None]
     column = torch.arange(width, device=device)
     return (row >= top) & (row < bottom) & (column >= left) & (column < right)
@@ -203,7 +215,7 @@ def rectangles(area, ratio, height: int, width: int, generator: Generator, devic
 def erase_some(images: Tensor, share: float, generator: Generator) -> Tensor:
     """Fill a rectangle of 2 to 33 % of the area with noise, in that share of images (arXiv:1708.04896)."""
     area, ratio, chance = torch.rand(3, len(images), generator=generator, device=images.device)
-    mask = rectangles(0.02 + 0.31 * area, 9**ratio / 3, *images.shape[2:], generator, images.device)
+    mask = rectangles(images, 0.02 + 0.31 * area, 9**ratio / 3, generator)
     mask &= (chance < share)[:, None, None, None]
     return torch.where(mask, torch.randn(images.shape, generator=generator, device=images.device), images)
 
@@ -213,24 +225,25 @@ def mix(images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: 
 
     By mixup (arXiv:1710.09412) it's the weighted mean of both, by cutmix (arXiv:1905.04899) a rectangle of the other
     one in its place. Each weight is drawn from Beta(alpha, alpha); cutmix's become the areas in whole pixels. An alpha
-    of 0 turns one off; of both, a batch takes one at random. `generator` is on the CPU: no device is waited for.
+    of 0 turns one off; of both, a batch takes one at random. Below 0.01 an alpha is too small for the draw's precision.
+    `generator` is on the CPU: no device is waited for.
     """
     cut = cutmix and (not mixup or torch.rand((), generator=generator) < 0.5)
     alpha = torch.full((2, len(images)), cutmix if cut else mixup, dtype=torch.float64)
     gammas = torch._standard_gamma(alpha, generator)  # of which Beta is a ratio; torch's Beta takes no generator
     weight = (gammas[0] / gammas.sum(0)).float()
     if cut:
-        other = rectangles(1 - weight, torch.ones(len(weight)), *images.shape[2:], generator, images.device)
+        other = rectangles(images, 1 - weight, torch.ones(len(weight)), generator)
         weight = (~other).float()
     else:
-        weight = weight.to(images.device, non_blocking=True)[:, None, None, None]
+        weight = to_device(weight, images.device)[:, None, None, None]
     one_hot = F.one_hot(labels, num_classes).float()
     mixed_labels = torch.lerp(one_hot.roll(1, 0), one_hot, weight.mean((1, 2, 3))[:, None])
     return torch.lerp(images.roll(1, 0), images, weight), mixed_labels
 
 
 def tta_views(images: Tensor, *, flip: bool, shift: int = 1) -> list[Tensor]:
-    """Return the batch as it is, translated by shift pixels either way along the diagonal, and with flip these flipped.
+    """Return the batch as it is, and shifted by `shift` pixels either way along the diagonal; with flip mirrored too.
 
     Uses reflect padding, so shift must be smaller than the image.
     """
@@ -245,9 +258,9 @@ def tta_views(images: Tensor, *, flip: bool, shift: int = 1) -> list[Tensor]:
     return views
 
 
-def tta(model, images: Tensor, *, flip: bool, shift: int = 1) -> Tensor:
+def tta(model, images: Tensor, *, flip: bool) -> Tensor:
     """Return the mean of a model's logits over `tta_views` (test-time augmentation)."""
-    return torch.stack([model(view) for view in tta_views(images, flip=flip, shift=shift)]).mean(0)
+    return torch.stack([model(view) for view in tta_views(images, flip=flip)]).mean(0)
 
 
 def add_args(parser) -> None:
@@ -271,11 +284,10 @@ def read_images(paths, size=32) -> Tensor:
     import numpy
     from PIL import Image, ImageDraw, ImageOps
 
+    images = []
     for path in paths:
         if not os.path.isfile(path):  # reading a pipe would wait for ever
             raise ValueError(f"{path} is no file")
-    images = []
-    for path in paths:
         try:
             images.append(ImageOps.fit(Image.open(path).convert("RGB"), (size, size)))
         except Exception as error:  # Pillow has many
@@ -321,8 +333,8 @@ def main():
     options = {"augment": args.augment} if args.augment != "none" else {}
     for name in ("crop_pad", "flip", "reprob", "mixup", "cutmix"):
         value = getattr(args, name)
-        if not 0 <= value <= (1 if name == "reprob" else 1e9):
-            parser.error(f"--{name.replace('_', '-')} {value} must be from 0 to {1 if name == 'reprob' else '1e9'}")
+        if not 0 <= value <= (1 if name == "reprob" else 1000):
+            parser.error(f"--{name.replace('_', '-')} {value} must be from 0 to {1 if name == 'reprob' else '1,000'}")
         if value:
             options["erase" if name == "reprob" else name] = value
     try:

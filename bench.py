@@ -28,7 +28,6 @@ if __name__ == "__main__":
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import optimizers
@@ -71,7 +70,7 @@ def leave_signals(worker):
 
 
 def baseline(run, workers):
-    """(a): a generator that takes a step each time and yields the number of its images."""
+    """(a): a generator that yields the model first, then takes a step each time and yields the number of its images."""
     args = run.args
     model = build.trial(run).model.to(memory_format=torch.contiguous_format).train()
     groups = optimizers.parameter_groups(model, weight_decay=args.weight_decay, decay_all=args.decay_all)
@@ -79,7 +78,7 @@ def baseline(run, workers):
         optimizer = torch.optim.SGD(groups, args.lr, args.momentum)
     else:
         optimizer = torch.optim.AdamW(groups, args.lr)
-    options = {"num_workers": workers, "worker_init_fn": leave_signals}
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "worker_init_fn": leave_signals}
     loader = DataLoader(Images(run), args.batch_size, shuffle=True, **options)
     yield model
     while True:
@@ -160,9 +159,7 @@ def measure(flags, turns, seconds):
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     for steps in variants.values():
         steps.close()
-    with FlopCounterMode(display=False) as counter:
-        run.model(torch.randn(1, *run.train_set.images.shape[1:], device=run.device))
-    flops = 3 * counter.get_total_flops()  # the backward pass takes about twice the forward's
+    flops = build.flops_per_image(run)
 
     def speed_up(other):
         """Of paired turns: the machine may be faster at one time than at another."""

@@ -103,7 +103,7 @@ def flags_of(name, value, switches):
 
 
 def folder_name(name):
-    return re.sub(r"[^A-Za-z0-9.+*-]+", "-", name).strip("-.") or "case"
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", name).strip("-.") or "case"
 
 
 def run_one(name, args):

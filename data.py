@@ -236,10 +236,7 @@ def _alone(root):
 
 def _as_split(source):
     images = torch.as_tensor(source.data)
-    if images.ndim == 3:
-        images = images.unsqueeze(1)
-    else:
-        images = images.permute(0, 3, 1, 2).contiguous()
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return Split(images, torch.as_tensor(source.targets))
 
 
@@ -288,7 +285,7 @@ def _download(name, cls, root, new):
 
 
 def _fetch(address, path, md5, patient):
-    """Download a file. Raises OSError if the other side is silent, or slow, unless patient, or sends anything else."""
+    """Download a file. Raises OSError if the server is silent, sends something else or, unless `patient`, is slow."""
     from torchvision.datasets.utils import check_integrity
 
     temporary = Path(f"{path}.tmp")

@@ -80,11 +80,12 @@ def descend(run, multipliers, batches):
 
 
 def lr_curve(run):
-    """The schedule at up to 1,000 steps from the run's first to its last, and their epochs."""
+    """The schedule at up to 1,000 steps from the run's first to its last, their epochs, and the place of the peak."""
     last = run.total_steps - 1
     steps = sorted({i * last // 999 for i in range(1000)})
     epochs = [step / run.steps_per_epoch for step in steps]
-    return [run.schedule(epoch) for epoch in epochs], epochs
+    values = [run.schedule(epoch) for epoch in epochs]
+    return values, epochs, values.index(max(values))
 
 
 # --------------------------------------------------------- the checks: each returns (passed, what was found, remedy)
@@ -126,16 +127,19 @@ def labels(checked):
     """A linear fit of coarse pixels, each image predicted by a fit to all the others, beats one to shuffled labels."""
     run = checked.run
     size = evaluation.batch_size(run.train_set.images.shape[1:])
-    batches = itertools.islice(plain_batches(run, size), math.ceil(min(5000, len(run.train_set.labels)) / size))
-    coarse, answers = zip(*((F.adaptive_avg_pool2d(x, min(16, x.shape[-1])), y) for x, y in batches), strict=True)
+    count = math.ceil(min(5000, len(run.train_set.labels)) / size)
+    coarse, answers = [], []
+    for images, some in itertools.islice(plain_batches(run, size), count):
+        coarse.append(F.adaptive_avg_pool2d(images.cpu(), min(16, images.shape[-1])))  # MPS can't pool 28 pixels to 16
+        answers.append(some.cpu())
     answers = torch.cat(answers)
     n, classes = len(answers), len(run.dataset.classes)
     x = F.pad(torch.cat(coarse).flatten(1), (0, 1), value=1.0)
-    shuffled = answers[torch.randperm(n, generator=augment.seeded("shuffle")).to(run.device)]
+    shuffled = answers[torch.randperm(n, generator=augment.seeded("shuffle"))]
     wanted = torch.stack([answers, shuffled], dim=1)
     y = F.one_hot(wanted, classes).float().flatten(1)
     gram = x.T @ x
-    gram += 0.1 * gram.diagonal().mean() * torch.eye(len(gram), device=run.device)  # ridge regression
+    gram += 0.1 * gram.diagonal().mean() * torch.eye(len(gram))  # ridge regression
     solved = torch.linalg.solve(gram, x.T).T
     leverage = (x * solved).sum(1, keepdim=True)  # by how much a prediction follows its own label
     left_out = (solved @ (x.T @ y) - leverage * y) / (1 - leverage)
@@ -209,8 +213,7 @@ def batch_independence(checked):
 def schedule(checked):
     """The learning rate comes up to --lr, and ends at its lowest after that."""
     args = checked.run.args
-    values, epochs = lr_curve(checked.run)
-    peak = values.index(max(values))
+    values, epochs, peak = lr_curve(checked.run)
     found = f"learning rate {args.lr * values[0]:.2g} at first, {args.lr * values[peak]:.2g} from epoch "
     found += f"{epochs[peak]:.3g} on, {args.lr * values[-1]:.2g} at last"
     ends_low = args.sched == "restarts" or values[-1] <= 1.01 * min(values[peak:]) + 1e-6
@@ -220,8 +223,7 @@ def schedule(checked):
 def learning_rate(checked):
     """The loss doesn't double in 8 steps through the schedule up to its peak and 8 steps at its peak."""
     args = checked.run.args
-    values, _ = lr_curve(checked.run)
-    peak = values.index(max(values))
+    values, _, peak = lr_curve(checked.run)
     short = [values[peak * i // 8] for i in range(8)] + [values[peak]] * 8
     trial = build.trial(checked.run, batch_size=max(min(64, args.batch_size), checked.run.smallest_batch(1)))
     losses = [loss_sum / count for loss_sum, _, count in descend(trial, short, build.training_batches(trial, 0))]
@@ -266,9 +268,8 @@ def find_lr(run):
     trial = build.trial(run)
     steps = descend(trial, [lr / run.args.lr for lr in lrs], build.training_batches(trial, 0))
     smooth, mean = [], 0.0
-    for step, (loss_sum, _, images) in enumerate(
-        data.progress_bar(steps, total=count, desc="find-lr", unit=" steps"), 1
-    ):
+    steps = data.progress_bar(steps, total=count, desc="find-lr", unit=" steps")
+    for step, (loss_sum, _, images) in enumerate(steps, start=1):
         mean += 0.2 * (loss_sum / images - mean)
         value = mean / (1 - 0.8**step)
         if not math.isfinite(value):

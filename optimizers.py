@@ -17,6 +17,7 @@ import fnmatch
 import functools
 import inspect
 import math
+from itertools import accumulate
 
 import torch
 
@@ -331,10 +332,6 @@ def check_options(layer_of, lr, weight_decay, layer_decay, lr_scale):
         if not 0 < multiplier < math.inf:
             raise ValueError(f"lr_scale {prefix}={multiplier} must be a finite number above 0")
         if not any(lies_in(name, prefix) for name in layer_of):
-            known = {}
-            for name in layer_of:
-                words = name.split(".")
-                for count in range(1, len(words) + 1):
-                    known[".".join(words[:count])] = None
+            known = dict.fromkeys(part for name in layer_of for part in accumulate(name.split("."), "{}.{}".format))
             near = difflib.get_close_matches(prefix, known) or [name for name in known if "." not in name]
             raise ValueError(f"lr_scale {prefix}: no parameter has that prefix; there are {', '.join(near)}")

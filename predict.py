@@ -162,9 +162,9 @@ def predict(args, checkpoint, model, device):
 
     def attempt(path):
         try:
-            return path, *read(path, checkpoint, args.invert)
+            return read(path, checkpoint, args.invert)
         except ValueError as error:
-            return error, None, None
+            return error, False
 
     shape = checkpoint["channels"], checkpoint["image_size"], checkpoint["image_size"]
     size = evaluation.batch_size(shape)  # the batches of --eval, so that bf16 rounds the same
@@ -174,9 +174,9 @@ def predict(args, checkpoint, model, device):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for chunk in chunks:
             done = []
-            for path, image, was_cropped in pool.map(attempt, chunk):
-                if image is None:
-                    errors.complain("predict.py", path)
+            for path, (image, was_cropped) in zip(chunk, pool.map(attempt, chunk), strict=True):
+                if isinstance(image, ValueError):
+                    errors.complain("predict.py", image)
                     status = 2
                 else:
                     done.append((path, image))
@@ -359,7 +359,7 @@ def command(argv):
     if mode != "export":  # which works on the CPU, and compares
         devices.speed_up(device)
     checkpoint = checkpoints.load(args.checkpoint)
-    with checkpoints.blamed(args.checkpoint), warnings.catch_warnings():
+    with checkpoints.blaming(args.checkpoint), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # of large or half transparent images, which it reads
         model = models.rebuild(checkpoint, args.checkpoint).to(device).eval()
         try:

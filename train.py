@@ -1,4 +1,4 @@
-"""Train an image classifier, keep its best epoch, and test that one once.
+"""Train an image classifier, keep its best epoch, and test it once.
 
     python train.py --model mlp                                     # MNIST
     python train.py --model vit --opt adamw --sched cosine          # CIFAR-10
@@ -8,8 +8,9 @@
     python train.py --eval runs/vit-cifar10-adamw-cosine/best.pt
     torchrun --nproc_per_node 2 train.py --model vit                # several processes
 
-Read it from top to bottom: the nouns, setting up, one step, the run, the command line. The flags are declared in
-utils/arguments.py and beside the choices: optimizers.py, schedulers.py, losses.py, augment.py, the models.
+Read it from top to bottom: the nouns (Run, Progress), setting up, one step, the run, the command line. Flags are
+declared in utils/arguments.py, and in the files that they control: optimizers.py, schedulers.py, losses.py, augment.py,
+the models. A value is the user's, else the model's (RECIPE), else the optimizer's (DEFAULTS), else the flag's default.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 if __name__ == "__main__":
-    sys.path.insert(0, __file__.removesuffix("train.py"))  # python -P leaves this folder out
+    sys.path.insert(0, __file__.removesuffix("train.py"))  # python -P doesn't add this folder
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
@@ -42,7 +43,7 @@ from utils.ema import Ema
 
 @dataclass
 class Run:
-    """What a run is made of. Built by prepare(); nothing in it is replaced while it trains."""
+    """What a run is made of, built by prepare(). No field is reassigned later; weights and states change in place."""
 
     args: argparse.Namespace
     dataset: data.Dataset  # name, classes, mean, std, all of its train and test images
@@ -51,27 +52,28 @@ class Run:
     device: torch.device
     precision: str  # "fp32", "bf16" or "fp16"
     model: torch.nn.Module
-    train_model: torch.nn.Module  # the same; compiled with --compile, in DDP if there are several processes
+    train_model: torch.nn.Module  # the same; compiled with --compile, wrapped in DDP if there are several processes
     ema: Ema | None  # ema.model has the moving averages of the weights
     loss: Callable  # (logits, labels) -> mean loss
     teacher: Callable | None  # images -> logits
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # idle, except in fp16
+    scaler: torch.amp.GradScaler  # does nothing except in fp16
     schedule: Callable | None  # (epochs so far, monitored values) -> multiplier of the learning rates; see prepare()
 
     @property
     def eval_model(self):
-        """What is validated, tested and kept."""
+        """The model that is validated, tested and saved in best.pt: with --ema the averaged one."""
         return self.ema.model if self.ema else self.model
 
     @cached_property
     def least_images(self):
-        """The fewest images with which the model is trained: two with batch norm, which takes their variance."""
+        """The fewest images in a forward pass of training: two with batch norm, which needs their variance."""
         return 2 if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules()) else 1
 
     def smallest_batch(self, processes):
-        """The fewest images that a batch may have. Without batch norm a process may have none of them."""
-        return self.least_images * processes if self.least_images > 1 else 1
+        """The fewest images in a batch: two for each process with batch norm, else one, and some processes get none."""
+        has_batch_norm = self.least_images > 1
+        return self.least_images * processes if has_batch_norm else 1
 
     @cached_property
     def batch_sizes(self):
@@ -90,13 +92,13 @@ class Run:
 
     @cached_property
     def fingerprint(self):
-        """A checksum of all images and labels but the test set's, which a resumed run must have, too."""
+        """A checksum of all training and validation images and labels. A resumed run must have the same."""
         return checkpoints.fingerprint(*self.dataset.train)
 
 
 @dataclass
 class Progress:
-    """How far a run has come. last.pt holds it, beside the states of the weights, the optimizer and the like."""
+    """How far a run has come. last.pt holds it, along with the weights, the state of the optimizer and the like."""
 
     totals: torch.Tensor  # since the last row of history: sum of losses, correct predictions, images
     step: int = 0
@@ -108,22 +110,22 @@ class Progress:
 
 
 def prepare(args) -> Run:
-    """Load the data, build the model and all that trains it; reject what can't work; measure --minutes."""
+    """Load the data, build the model and all that it is trained with; reject what can't work; measure --minutes."""
     device = distributed.local_device(devices.choose_device(args.device))
     devices.speed_up(device)
     precision = distributed.agreed(devices.choose_precision(args.amp, device), "amp")
     dataset, train_set, val_set = build.load_data(args)
     if args.data in data.DOWNLOADS and dataset.name == "shapes":
         args = arguments.changed(args, data="shapes")  # load_data fell back: the set can't be downloaded
-    model = build.make_model(args, dataset, train_set).to(device)
-    if distributed.rank():
+    model = build.make_model(args, dataset, train_set, device)
+    if distributed.rank() > 0:
         torch.manual_seed(args.seed + distributed.rank())  # each process draws its own dropout
 
     if args.init and not args.resume:
-        with checkpoints.blamed(args.init):
+        with checkpoints.blaming(args.init):
             start = models.read_init(args.init, args.model)
-            # The note is logged with the run's first lines.
-            dataset.note += f"\nstart from {args.init}: {finetune.initialise(model, start, dataset.classes)}"
+            found = finetune.initialise(model, start, dataset.classes)
+            dataset.note += f"\nstart from {args.init}: {found}"  # logged with the run's first lines
     finetune.freeze(model, args.freeze)
     teacher = models.load_teacher(args.teacher, dataset, device, precision) if args.teacher else None
     optimizer = build.make_optimizer(args, model)
@@ -145,14 +147,14 @@ def prepare(args) -> Run:
         scaler=devices.grad_scaler(device, precision),
         schedule=None if args.minutes and not args.resume else arguments.make_schedule(args),
     )
-    graphs.check(run)
-    least = run.smallest_batch(distributed.world_size())
-    if min(args.batch_size, len(run.train_set.labels)) < least:
-        rule = f"of {len(run.train_set.labels)} images must be >= {least}"
-        raise ValueError(f"--batch-size {args.batch_size} {rule}: batch norm can't train on one image in a process")
-    if run.schedule is None:  # --minutes: time some steps of a copy, then set the number of epochs
+    graphs.check(run)  # rejects --cuda-graph where it can't work
+    count, least = len(run.train_set.labels), run.smallest_batch(distributed.world_size())
+    if min(args.batch_size, count) < least:
+        rule = f"--batch-size {args.batch_size} of {count} images must be >= {least}"
+        raise ValueError(f"{rule}: batch norm can't train on one image in a process")
+    if run.schedule is None:  # --minutes: time some steps on a copy; the run then gets as many epochs as fit
         trial = build.trial(run)
-        take_step = graphs.recorded(train_step, trial, log=lambda line: None)  # train() logs it
+        take_step = graphs.recorded(train_step, trial, log=lambda line: None)  # train() will log the same line
         return budget.within_minutes(run, trial, take_step, score)
     return run
 
@@ -161,18 +163,18 @@ def prepare(args) -> Run:
 
 
 def backward(run, images, labels, batch_size):
-    """Leave the gradient of a batch's mean loss in the parameters, clipped if --clip-grad says so.
+    """Forward and backward pass of a batch, in --accum micro-batches. Leaves the gradient in the parameters, clipped.
 
-    `images` are this process's share of a batch of `batch_size`. Returns their [sum of losses, correct predictions,
-    images] as a tensor on the device: reading a number would make every step wait for the device.
+    `images` is this process's share of a batch of `batch_size` images. Returns the share's [sum of losses, correct
+    predictions, images] as a tensor on the device: an .item() here would make every step wait for the device.
     """
     run.optimizer.zero_grad(set_to_none=True)
     totals = devices.totals(run.device)
     local_size = len(images)
-    if local_size == 0:  # fewer images than processes: a blank one takes part in the exchange of gradients
+    if local_size == 0:  # fewer images than processes: DDP needs a backward pass all the same, of a blank one, weight 0
         images = images.new_zeros(1, *images.shape[1:])
         labels = labels.new_zeros(1, *labels.shape[1:])
-    count = max(1, min(run.args.accum, local_size // run.least_images))
+    count = max(1, min(run.args.accum, local_size // run.least_images))  # none too small for batch norm
     micro_batches = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
     for i, (x, y) in enumerate(micro_batches, start=1):
         with distributed.sync_gradients(run.train_model, i == count):
@@ -182,11 +184,12 @@ def backward(run, images, labels, batch_size):
             loss = run.loss(logits, y)
             if run.teacher:
                 loss = loss + run.args.distill * losses.distillation(logits, run.teacher(x), run.args.temperature)
-            weight = len(x) / batch_size if local_size else 0.0  # so that unequal micro-batches make the batch's mean
-            # train_model takes the mean of the gradients over the processes; the batch's gradient is their sum.
+            # The mean over a micro-batch, weighted by its share of the batch: the sum is the mean over the batch.
+            weight = len(x) / batch_size if local_size else 0.0
+            # DDP averages the gradients over the processes. Times their number, that is the sum.
             run.scaler.scale(loss * (weight * distributed.world_size())).backward()
-        targets = y.argmax(1) if y.ndim == 2 else y  # mixup's labels are distributions
         if local_size:
+            targets = y.argmax(1) if y.ndim == 2 else y  # mixup's labels are distributions
             totals[0].add_(loss.detach(), alpha=len(x))
             totals[1].add_((logits.argmax(1) == targets).sum())
             totals[2].add_(len(x))
@@ -207,63 +210,62 @@ def train_step(run, images, labels, batch_size):
 
 
 def lbfgs_step(run, images, labels, batch_size):
-    """Take a step of L-BFGS, which evaluates the loss several times. Returns what the first backward() returned."""
-    evaluations = []
-    seed = torch.randint(2**62, ()).item()  # of the dropout: the line search compares losses
+    """Take a step of L-BFGS, which evaluates the loss several times. Returns the totals before the step."""
+    totals = []
+    seed = torch.randint(2**62, ()).item()  # the same dropout each time: the line search compares the losses
 
     def closure():
         torch.manual_seed(seed)
-        evaluations.append(backward(run, images, labels, batch_size))
-        return evaluations[-1][0] / batch_size
+        totals.append(backward(run, images, labels, batch_size))
+        return totals[-1][0] / batch_size
 
     run.optimizer.step(closure)
-    return evaluations[0]
+    return totals[0]
 
 
 def score(run, split):
-    """Mean loss, without smoothing and teacher, and accuracy, on a split, of the weights that the run would keep."""
-    args = run.args
-    options = {"loss": args.loss, "tta": args.tta, "flip": args.flip}
+    """Mean loss and accuracy of run.eval_model on a split. The loss is without smoothing and teacher."""
+    options = {"loss": run.args.loss, "tta": run.args.tta, "flip": run.args.flip}
     return evaluation.evaluate(run.eval_model, split, run.dataset, run.device, run.precision, **options)
 
 
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def train(run, progress, folder, caught):
+def train(run, progress, folder, signals):
     """Train to the last step, an early stop or a signal. Returns why it stopped; raises Diverged.
 
-    `caught` is a list that gets the number of a signal when one arrives.
+    `signals` is a list that gets the number of a signal when one arrives.
     """
     args, history = run.args, progress.history
-    take_step = graphs.recorded(train_step, run, folder.log)
-    hint = devices.SharedMachineHint(run.device, folder.log)  # says once if other programs slow this one down
+    take_step = graphs.recorded(train_step, run, folder.log)  # train_step, replayed as a CUDA graph where possible
+    shared_machine_hint = devices.SharedMachineHint(run.device, folder.log)
     while progress.step < run.total_steps:
-        best = find_best(args, history)  # at the top: a resumed run may have waited long enough already
+        best = find_best(args, history)  # before training: a resumed run may have to stop at once
         if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
             folder.log(explain(run, history, best))
             if args.sched in ("cosine", "linear", "onecycle") and args.t_max is None:
-                folder.log(f"The low end of --sched {args.sched} was not reached: --patience 0 lets it end.")
+                folder.log(f"The low end of --sched {args.sched} was not reached: --patience 0 trains to the end.")
             return "early stop"
         epoch_end = (progress.step // run.steps_per_epoch + 1) * run.steps_per_epoch
-        end = min(epoch_end, run.total_steps)
-        with hint:
-            train_until(run, end, progress, folder, caught, take_step)
-        if progress.step == end:
+        last_step = min(epoch_end, run.total_steps)
+        with shared_machine_hint:  # logs once if other programs slow this one down
+            train_until(run, last_step, progress, folder, signals, take_step)
+        if progress.step == last_step:  # no signal came before
             finish_epoch(run, progress, folder)
-        if distributed.all_max(len(caught)):
+        if distributed.all_max(len(signals)):
             return "interrupted"
-    return "time budget" if args.minutes else "finished"  # its steps were counted beforehand
+    return "time budget" if args.minutes else "finished"  # --minutes became a number of steps in prepare()
 
 
-def train_until(run, end, progress, folder, caught, take_step):
-    """Take this epoch's steps up to the run's number `end`, or up to a signal."""
+def train_until(run, last_step, progress, folder, signals, take_step):
+    """Take steps until progress.step is last_step, at the end of this epoch, or until a signal."""
     args = run.args
     finetune.train_mode(run.train_model)
-    batches = itertools.islice(build.training_batches(run, progress.step), end - progress.step)
+    batches = itertools.islice(build.training_batches(run, progress.step), last_step - progress.step)
     if distributed.rank() == 0:
         name = f"epoch {len(progress.history) + 1}"
-        batches = data.progress_bar(batches, total=end - progress.step, desc=name, unit=" steps")
+        batches = data.progress_bar(batches, total=last_step - progress.step, desc=name, unit=" steps")
     start = time.perf_counter()
     for images, labels, batch_size in batches:
         multiplier = lr_multiplier(run, progress.step, progress.history)
@@ -274,29 +276,29 @@ def train_until(run, end, progress, folder, caught, take_step):
             run.ema.update(run.model)
         progress.step += 1
 
-        stop = distributed.all_max(len(caught)) > 0
+        stop = distributed.all_max(len(signals)) > 0
         log = args.log_interval > 0 and progress.step % args.log_interval == 0
         save = args.save_every > 0 and progress.step % args.save_every == 0
-        if not (stop or log or save or progress.step == end):
+        if not (stop or log or save or progress.step == last_step):
             continue
-        loss_sum, _, seen = distributed.all_reduce(progress.totals).tolist()  # waits for the device
+        loss_sum, _, seen = distributed.all_reduce(progress.totals).tolist()  # waits for the device: not in each step
         progress.seconds += time.perf_counter() - start
         if not math.isfinite(loss_sum):
             raise errors.Diverged(f"the training loss is {loss_sum}", progress.step, args.lr * multiplier)
         if log:
             folder.log(f"  step {progress.step:,} of {run.total_steps:,}  train loss {loss_sum / seen:.4f}")
-        if (save or stop) and progress.step < end:  # at the end finish_epoch saves
+        if (save or stop) and progress.step < last_step:  # at the end finish_epoch saves
             folder.save("last.pt", resume.last_content(run, progress))
         if stop:
             break
-        start = time.perf_counter()  # logging and saving don't count
+        start = time.perf_counter()  # the seconds of logging and saving don't count
 
 
 def finish_epoch(run, progress, folder):
     """Validate, add a row to the history, keep the best weights, save, report."""
     args, history = run.args, progress.history
     start = time.perf_counter()
-    distributed.broadcast(run.eval_model)  # the statistics of batch norms differ between the processes
+    distributed.broadcast(run.eval_model)  # the statistics of batch norms differ between the processes: take rank 0's
     loss_sum, correct, seen = distributed.all_reduce(progress.totals).tolist()
     lr = args.lr * lr_multiplier(run, progress.step - 1, history)
     val_loss = val_acc = math.nan
@@ -304,9 +306,8 @@ def finish_epoch(run, progress, folder):
         val_loss, val_acc = score(run, run.val_set)
         if not math.isfinite(val_loss):
             raise errors.Diverged(f"the validation loss is {val_loss}", progress.step, lr)
-    elif not all(weight.isfinite().all() for weight in run.eval_model.parameters()):
+    elif not all(weight.isfinite().all() for weight in run.eval_model.parameters()):  # there is no loss to tell
         raise errors.Diverged("a weight is not finite", progress.step, lr)
-    steps = progress.step - (history[-1]["step"] if history else 0)
     history.append(
         {
             "epoch": len(history) + 1,
@@ -324,25 +325,26 @@ def finish_epoch(run, progress, folder):
     progress.totals.zero_()
 
     best = find_best(args, history)
-    folder.save("last.pt", resume.last_content(run, progress))  # first: a resume makes best.pt of it
+    folder.save("last.pt", resume.last_content(run, progress))  # first: if best.pt isn't written, a resume writes it
     if best is history[-1]:
         folder.save("best.pt", resume.best_content(run, progress))
     left = run.total_steps - progress.step
-    seconds_left = (history[-1]["seconds"] + time.perf_counter() - start) / steps * left
-    folder.report(history, best, len(history) + math.ceil(left / run.steps_per_epoch), seconds_left)
-    half = (args.patience + 1) // 2
+    steps = progress.step - (history[-2]["step"] if len(history) > 1 else 0)  # of this epoch
+    step_seconds = (history[-1]["seconds"] + time.perf_counter() - start) / steps  # with validation and saving
+    folder.report(history, best, len(history) + math.ceil(left / run.steps_per_epoch), left * step_seconds)
+    half = (args.patience + 1) // 2  # a first hint comes half-way to the early stop
     if half < args.patience and early_stopping.waited(history, best, args.warmup_epochs) == half:
         folder.log(explain(run, history, best))
 
 
 def lr_multiplier(run, step, history):
-    """What the initial learning rate of every parameter group is multiplied by in a step."""
+    """The factor of the schedule in a step, by which every group's initial learning rate is multiplied."""
     watched = run.args.sched_monitor or run.args.monitor
     return run.schedule(step / run.steps_per_epoch, [row[watched] for row in history])
 
 
 def find_best(args, history):
-    """The row of the best epoch, or None; without validation, the last."""
+    """The history's row of the best epoch, without validation of the latest. None before the first."""
     if args.val_split == 0:
         return history[-1] if history else None
     return early_stopping.best_row(history, args.monitor, args.min_delta)
@@ -350,12 +352,13 @@ def find_best(args, history):
 
 def explain(run, history, best):
     """Why the monitored value has stopped improving, in one line."""
-    chance = losses.parse(run.args.loss)(torch.zeros(1, len(run.dataset.classes)), torch.zeros(1, dtype=torch.int64))
-    return plateau.explain(history, best, run.args.monitor, chance.item())
+    guess, label = torch.zeros(1, len(run.dataset.classes)), torch.zeros(1, dtype=torch.int64)
+    chance = losses.parse(run.args.loss)(guess, label).item()  # the loss where all logits are 0
+    return plateau.explain(history, best, run.args.monitor, chance)
 
 
 def finish(run, progress, folder, stopped):
-    """Read the test set once, with the best weights, if the run has ended; write result.json and curves.png."""
+    """Test the best weights, once, unless the run was interrupted or diverged. Write result.json and curves.png."""
     args, history = run.args, progress.history
     best = find_best(args, history)
     test_loss = test_acc = None
@@ -363,18 +366,18 @@ def finish(run, progress, folder, stopped):
         why = f"best {args.monitor}, {best[args.monitor]:.4f}" if args.val_split else "the last, as none was held out"
         folder.log(f"{stopped}: the result is epoch {best['epoch']} ({why})")
         if not args.no_test:
-            folder.check()
+            folder.check_not_moved()
             content = distributed.on_main(lambda: checkpoints.load(folder.path / "best.pt"))
             run.eval_model.load_state_dict(content["state_dict"])
             test_loss, test_acc = score(run, run.dataset.test)
             if math.isfinite(test_loss):
                 folder.log(evaluation.test_line(run.dataset, test_loss, test_acc, args.tta, "read once"))
             else:
-                folder.log(f"the test loss is {test_loss}: --eval {folder.path / 'best.pt'} --amp off may tell more")
+                folder.log(f"the test loss is {test_loss}: try --eval {folder.path / 'best.pt'} --amp off")
                 stopped, test_loss, test_acc = "non-finite loss", None, None
     elif stopped == "interrupted":
-        folder.log(f"interrupted: python train.py --resume {folder.path / 'last.pt'} goes on from here")
-    result = run_folder.result_of(run, history, best, stopped, test_loss, test_acc)
+        folder.log(f"interrupted: continue with python train.py --resume {folder.path / 'last.pt'}")
+    result = run_folder.result_of(run, progress, best, stopped, test_loss, test_acc)
     folder.write_result(result)
     folder.draw(history, best)
     return result
@@ -385,23 +388,24 @@ def finish(run, progress, folder, stopped):
 
 def run_once(args, checkpoint=None):
     """One run, from its arguments to its result. Returns (what result.json holds, exit status)."""
-    with checkpoints.blamed(args.resume):  # what is raised here is wrong input, status 2; below a failed run, status 1
+    with checkpoints.blaming(args.resume):  # an error in here is wrong input: exit status 2
         run = prepare(args)
         progress = Progress(devices.totals(run.device))
         if checkpoint:
             resume.restore(run, progress, checkpoint)
         folder = resume.folder_of_run(run, progress, find_best(run.args, progress.history))
-    with folder, errors.while_training(args), errors.caught_signals() as caught:
+    with folder, errors.while_training(args), errors.caught_signals() as signals:  # an error in here: exit status 1
         resume.log_beginning(run, folder, checkpoint)
         try:
-            stopped = train(run, progress, folder, caught)
+            stopped = train(run, progress, folder, signals)
         except errors.Diverged as error:
             folder.log(str(error))
             stopped = "non-finite loss"
         result = finish(run, progress, folder, stopped)
-    number = distributed.all_max(caught[0] if caught else 0)  # of a signal, also one in the last test
-    status = 128 + number if number else errors.STATUS_OF.get(result["stopped"], 0)
-    return result, status
+    signal_number = distributed.all_max(signals[0] if signals else 0)  # one may have come during the final test
+    if signal_number:
+        return result, 128 + signal_number
+    return result, errors.STATUS_OF.get(result["stopped"], 0)
 
 
 def command(argv=None):
@@ -410,11 +414,12 @@ def command(argv=None):
     with distributed.main_prints():
         args, checkpoint = arguments.parse(argv)
     if args.eval:
-        with checkpoints.blamed(args.eval):
+        with checkpoints.blaming(args.eval):
             return evaluation.test_checkpoint(args)
     if args.runs > 1:
         return repeat.repeat(args, run_once)
-    return run_once(args, checkpoint)[1]
+    _, status = run_once(args, checkpoint)
+    return status
 
 
 def main(argv=None):

@@ -77,11 +77,12 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.split(x)
-        if x.device.type == "cpu":
-            # For sequences this short, torch's fused attention takes longer on a CPU than these two products.
-            out = self.weights(q, k) @ v
-        else:
+        if x.device.type == "cuda":
             out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            # For sequences this short, torch's fused attention takes longer on a CPU than these two products. On MPS
+            # it may be wrong for even shorter ones, before torch 2.12: https://github.com/pytorch/pytorch/issues/181133
+            out = self.weights(q, k) @ v
         return self.dropout(self.to_out(rearrange(out, "b h n d -> b n (h d)")))
 
     def split(self, x: torch.Tensor) -> torch.Tensor:

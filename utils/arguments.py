@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -54,6 +55,13 @@ class Parser(argparse.ArgumentParser):
         self.check_words(args)
         return super().parse_known_args(args, namespace)
 
+    def parse_known_intermixed_args(self, args=None, namespace=None):
+        """Since Python 3.12.8 this doesn't call the method above."""
+        args = sys.argv[1:] if args is None else list(args)
+        self.count = 0
+        self.check_words(args)
+        return super().parse_known_intermixed_args(args, namespace)
+
     def check_words(self, words):
         """Reject what argparse would misunderstand, or wait for without end."""
         for i, word in enumerate(words):
@@ -71,20 +79,13 @@ class Parser(argparse.ArgumentParser):
         super().error(errors.one_line(message))
 
 
+# A quoted or escaped part, which stays; or a # that begins a word, and all that follows it.
+COMMENT = re.compile(r"""("(?:\\.|[^"\\])*"|'[^']*'|\\.)|(?<!\S)#.*""", re.DOTALL)
+
+
 def split_flags(text: str) -> list[str]:
     """Flags as a shell splits them, # begins a comment. Raises ValueError for a quotation mark without its pair."""
-    quote, escaped = "", False
-    for i, char in enumerate(text):
-        if escaped or (char == "\\" and quote != "'"):
-            escaped = not escaped
-        elif quote:
-            quote = "" if char == quote else quote
-        elif char in "\"'":
-            quote = char
-        elif char == "#" and (i == 0 or text[i - 1].isspace()):
-            text = text[:i]
-            break
-    return shlex.split(text)
+    return shlex.split(COMMENT.sub(r"\1", text))
 
 
 def typed() -> str:
@@ -198,7 +199,7 @@ def parse(argv=None, program="train.py"):
     checkpoint = None
     if chosen.resume:
         checkpoint = distributed.on_main(lambda: checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS))
-    with checkpoints.blamed(chosen.resume):
+    with checkpoints.blaming(chosen.resume):
         if checkpoint:
             rebuild(checkpoint, chosen.resume)  # its sizes are those of its weights: no larger model is built
         args = _parse(argv, program, chosen, checkpoint["args"] if checkpoint else None)
@@ -293,6 +294,7 @@ def at_least(least):
 
 
 FROM_0 = "a finite number >= 0", lambda x: 0 <= x < math.inf
+ALPHA = "0, or from 0.01 to 1,000", lambda x: x == 0 or 0.01 <= x <= 1000  # see augment.mix
 BELOW_1 = ">= 0 and < 1", lambda x: 0 <= x < 1
 FLOAT32 = "above 1e-38 and below 1e38", lambda x: 1e-38 < x < 1e38  # what single precision can hold
 RANGES = {
@@ -310,8 +312,8 @@ RANGES = {
     "limit": at_least(1),
     "crop_pad": at_least(0),
     "reprob": (">= 0 and <= 1", lambda x: 0 <= x <= 1),
-    "mixup": FROM_0,
-    "cutmix": FROM_0,
+    "mixup": ALPHA,
+    "cutmix": ALPHA,
     "mixup_off_epoch": at_least(0),
     "smoothing": BELOW_1,
     "distill": FLOAT32,
@@ -389,17 +391,15 @@ def check(args):
         reject_idle(args, {"sched_monitor"}, f"with --sched {args.sched}")
     elif args.val_split == 0:
         raise ValueError("--sched plateau needs a validation set: --val-split must be above 0")
-    elif 0 < args.patience <= args.patience_epochs:
-        raise ValueError(
-            f"--patience {args.patience} must be larger than --patience-epochs {args.patience_epochs}: "
-            "else the run stops before the learning rate can drop"
-        )
+    elif 0 < args.patience <= args.patience_epochs + 1:
+        rule = f"--patience {args.patience} must be at least 2 more than --patience-epochs {args.patience_epochs}"
+        raise ValueError(f"{rule}: else the run stops before the lower learning rate is used")
     if not args.minutes or args.resume:
         check_lengths(args)
 
 
 def check_out(out, data_dir):
-    """A folder is locked by what is written there, and that of the datasets by a download."""
+    """Reject --out that is --data-dir: a run locks its folder and a download --data-dir: it would wait for itself."""
     if out and os.path.realpath(out) == os.path.realpath(data_dir):
         raise ValueError(f"--out {out} is --data-dir, too: name another folder")
 
@@ -413,7 +413,7 @@ def check_lengths(args):
         "milestones": args.milestones is not None and max(args.milestones) >= length,
         "t_max": args.sched == "cosine" and (args.t_max or 0) > length and schedule(args.epochs) > 0.999,
         "mixup_off_epoch": args.mixup_off_epoch >= args.epochs,
-        "patience_epochs": args.patience_epochs >= length - 1,
+        "patience_epochs": math.ceil(args.warmup_epochs) + args.patience_epochs + 2 >= args.epochs,
         "patience": args.patience >= args.epochs,
     }
     for name, idle in beyond.items():

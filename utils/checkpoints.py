@@ -8,8 +8,8 @@
     content = checkpoints.load("best.pt", keys={"state_dict": dict, "epoch": int})
 
 A checkpoint is a dict of tensors and plain Python values. Loading one from a stranger may fail with a ValueError, and
-nothing else: it runs no code, takes no more memory than the file is long, and decides nothing but what it holds. So
-`load` takes tensors of some types only (DTYPES), contiguous, and weights that are finite numbers.
+nothing else: it runs no code, takes little more memory than twice the file's length, and decides nothing but what it
+holds. So `load` takes tensors of some types only (DTYPES), contiguous, and weights that are finite numbers.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import math
 import os
 import pickletools
 import re
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -59,7 +60,7 @@ SCALARS = ("step", "mu_product")  # in an optimizer's state of a parameter; all 
 MOST_VALUES, DEEPEST = 1_000_000, 8  # a history has nine values an epoch
 MOST_TEXT = 10_000_000  # characters beyond the length of the file: a history names its columns in each row
 DEEPEST_PICKLE = 100  # objects within objects, as Python pickles them
-# What a checkpoint's pickle may call: tensors, their memory, and the dicts of state dicts and of schedulers.
+# What a checkpoint's pickle may call: tensors, their memory, state dicts, the Counter of torch's MultiStepLR.
 HARMLESS = re.compile(
     r"torch\._utils _rebuild_(tensor_v2|parameter)|torch (\w+Storage|Size)|collections (OrderedDict|Counter)"
 )
@@ -88,7 +89,7 @@ def write(content: bytes, path):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -101,6 +102,15 @@ def write(content: bytes, path):
             os.close(folder)
 
 
+def replace(temporary, path):
+    """os.replace. Windows denies it while another program reads the file: a little later it may work."""
+    for seconds in (0.1, 0.5, 2.0):
+        with contextlib.suppress(PermissionError):
+            return os.replace(temporary, path)
+        time.sleep(seconds)
+    os.replace(temporary, path)
+
+
 def write_json(content: dict, path):
     """Write a dict as JSON, as write() does."""
     write((json.dumps(content, indent=2) + "\n").encode(), path)
@@ -111,10 +121,8 @@ def load(path, *, keys: dict = KEYS) -> dict:
 
     With keys={} it may be any dict of tensors, such as a bare state dict; then FILE.safetensors is read too.
     """
-    if not os.path.exists(path):
-        raise ValueError(f"{path} doesn't exist: expected a checkpoint such as runs/.../best.pt")
     if not os.path.isfile(path):  # reading a pipe or a device would wait for ever
-        raise ValueError(f"{path} is no file: expected a checkpoint such as runs/.../best.pt")
+        raise ValueError(f"{path} doesn't exist or is no file: expected a checkpoint such as runs/.../best.pt")
     size = os.path.getsize(path)
     try:
         if Path(path).suffix == ".safetensors" and not keys:
@@ -347,8 +355,6 @@ def _check_lbfgs(optimizer, saved):
         raise ValueError("the optimizer's state is not L-BFGS's")
     for name, kind in LBFGS_KINDS.items():
         values = state.get(name, [])
-        if values is None and name == "al":
-            continue
         for value in values if isinstance(values, list) else [values]:
             vector = isinstance(value, torch.Tensor) and value.shape == (total,) and value.dtype == torch.float32
             scalar = isinstance(value, torch.Tensor) and value.shape == () and value.is_floating_point()
@@ -361,8 +367,11 @@ def _check_lbfgs(optimizer, saved):
 
 
 @contextlib.contextmanager
-def blamed(path):
-    """What goes wrong in this context is the fault of a checkpoint's content, if one is named: raises ValueError."""
+def blaming(path):
+    """Turn an error in this context into a ValueError that names a checkpoint, if one is given.
+
+    Its content is at fault then, unless memory ran out or another process was lost.
+    """
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:

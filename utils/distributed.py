@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-TIME_LIMIT = timedelta(minutes=10)  # for what one process waits for the others; decoding a large folder takes minutes
+TIME_LIMIT = timedelta(minutes=10)  # of waiting for the other processes
 
 
 def init():
@@ -108,6 +108,8 @@ def local_rank() -> int:
 
 def local_device(device: torch.device) -> torch.device:
     """The CUDA device of this process. Raises ValueError if there are too few, or if all would share one."""
+    if device.type == "mps" and world_size() > 1:
+        raise ValueError(f"device mps is for one process, not {world_size()}: use --device cpu")
     if device.type != "cuda":
         return device
     if world_size() > 1:
@@ -131,7 +133,10 @@ def on_main(function):
         return function()
     outcome = [_outcome(function) if rank() == 0 else None]
     dist.broadcast_object_list(outcome)
-    return _unpack(outcome[0])
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
 
 
 def on_local_main(function):
@@ -145,10 +150,11 @@ def on_local_main(function):
         worker.start()
     while all_max(int(worker.is_alive())):  # decoding may take longer than TIME_LIMIT
         time.sleep(0.05)
-    outcome = outcomes[-1]
-    for error in all_gather(outcome[1]):
-        _unpack((None, error))
-    return _unpack(outcome) if local_rank() == 0 else function()
+    result, own_error = outcomes[-1]
+    for error in all_gather(own_error):
+        if error is not None:
+            raise error
+    return result if local_rank() == 0 else function()
 
 
 def _outcome(function):
@@ -159,13 +165,6 @@ def _outcome(function):
         return None, error
     except Exception as error:
         return None, ValueError(f"{type(error).__name__}: {error}")
-
-
-def _unpack(outcome):
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result
 
 
 @contextlib.contextmanager

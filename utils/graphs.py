@@ -35,20 +35,15 @@ def obstacle(run) -> str:
     return ""
 
 
-def is_used(run) -> bool:
-    """Unless --no-cuda-graph says otherwise, where it can be."""
-    return run.args.cuda_graph is not False and not obstacle(run)
-
-
 def check(run):
-    """Raise ValueError if --cuda-graph was asked for and the run can't be recorded."""
-    if run.args.cuda_graph and obstacle(run):
-        raise ValueError(f"--cuda-graph {obstacle(run)}: use --no-cuda-graph")
+    """Raise ValueError if --cuda-graph was given and the run's steps can't be recorded."""
+    if run.args.cuda_graph and (why := obstacle(run)):
+        raise ValueError(f"--cuda-graph {why}: use --no-cuda-graph")
 
 
 def recorded(train_step: Callable, run, log: Callable) -> Callable:
     """A function like train_step whose steps are replayed, or train_step itself if no graph is to be used."""
-    if not is_used(run):
+    if run.args.cuda_graph is False or obstacle(run):  # --no-cuda-graph, or it can't be
         return train_step
 
     def whole_step(images, labels):
@@ -168,7 +163,7 @@ def put_back(tensors, values):
 def difference(results, expected, before) -> float:
     """The largest difference between the tensors of two outcomes of a step, as a share of how far they went in it.
 
-    What rounding makes of a step that is small beside the tensor is no difference.
+    Where a step is tiny beside the tensor's values, a difference of the size of rounding doesn't count.
     """
     worst = 0.0
     for result, wanted, start in zip(results, expected, before, strict=True):

@@ -1,4 +1,4 @@
-"""The folder of a run: a new name for it, its log, its checkpoints, its table of epochs and its result."""
+"""The folder of a run: choose and lock it; write the log, checkpoints, metrics.csv and result.json."""
 
 import contextlib
 import csv
@@ -19,21 +19,26 @@ import plot
 from utils import arguments, build, checkpoints, devices, distributed, errors
 
 RUN_FILES = ("best.pt", "last.pt", "metrics.csv", "result.json", "curves.png")
-DRAW_EVERY = 30  # seconds: drawing takes half of one
+DRAW_EVERY = 30  # seconds; drawing takes half a second
 
 
 class RunFolder:
     """Where a run is written. On ranks other than 0 nothing is written, and `log` prints nothing.
 
-    It holds the folder's lock for as long as the process lives. Once the folder was moved away or replaced, every
-    method that writes raises OSError: the files of another run may lie under that name.
+    It holds the folder's lock until it is closed. If the folder was moved away or replaced, saving and drawing raise
+    OSError: another run's files may lie under that name.
     """
 
     def __init__(self, path, log=None, held=None, made=()):
-        self.path, self.held, self.made = Path(path), held, made
-        self.file, self.drawn, self.events = log, time.perf_counter(), None
+        self.path = Path(path)
+        self.file = log  # log.txt; None on ranks other than 0
+        self.held = held  # the open folder, which is locked; None where the system has no such locks
+        self.made = made  # the folders that were created for it
+        self.drawn = time.perf_counter()
+        self.events = None  # of TensorBoard
 
-    def check(self):
+    def check_not_moved(self):
+        """Raise OSError if the folder was moved away or replaced."""
         try:
             moved = self.held is not None and not os.path.samestat(os.fstat(self.held), os.stat(self.path))
         except FileNotFoundError:
@@ -50,12 +55,12 @@ class RunFolder:
 
     def save(self, name: str, content: dict):
         if self.file:
-            self.check()
+            self.check_not_moved()
             checkpoints.save(content, self.path / name)
 
     def write_metrics(self, history: list):
         if self.file:
-            self.check()
+            self.check_not_moved()
             text = io.StringIO()
             writer = csv.DictWriter(text, checkpoints.COLUMNS)
             writer.writeheader()
@@ -64,7 +69,7 @@ class RunFolder:
 
     def write_result(self, result: dict):
         if self.file:
-            self.check()
+            self.check_not_moved()
             checkpoints.write_json(result, self.path / "result.json")
 
     def report(self, history: list, best: dict | None, epochs: int, seconds_left: float):
@@ -78,10 +83,10 @@ class RunFolder:
         self.log(epoch_line(history[-1], epochs, best is history[-1], seconds_left))
 
     def draw(self, history: list, best: dict | None):
-        """Draw curves.png. Whatever keeps it from being drawn costs one line, and not the run."""
+        """Draw curves.png. If that fails, log one line and go on."""
         if not self.file or not history:
             return
-        self.check()
+        self.check_not_moved()
         try:
             marked = {self.path.name: best["epoch"]} if best else {}
             plot.draw({self.path.name: history}, self.path / "curves.png", best=marked)
@@ -105,6 +110,8 @@ class RunFolder:
     def remove_if_unused(self):
         """Remove what open_folder made, if nothing has been written into it since."""
         if self.file and not self.file.tell():
+            self.file.close()  # Windows removes no open file
+            self.file = None
             (self.path / "log.txt").unlink()
             with contextlib.suppress(OSError):
                 for folder in self.made:
@@ -125,7 +132,7 @@ class RunFolder:
 
 
 def print_line(line):
-    """Print a line; a terminal or pipe that has gone away doesn't end a run."""
+    """Print a line, and go on if the terminal or pipe has gone away."""
     try:
         errors.show(line)
     except (OSError, ValueError):
@@ -135,8 +142,8 @@ def print_line(line):
 def open_folder(out, default, going_on=False) -> RunFolder:
     """Create the folder `out`, or default, default-2, default-3 ..., and lock it.
 
-    A folder that holds anything of a run is never taken, unless going_on, and never while a run in it is alive. Raises
-    ValueError for that and if the folder can't be written.
+    A folder that holds a run is taken only if going_on, and never while that run is alive. Raises ValueError for that,
+    and if the folder can't be written.
     """
     folder = None
 
@@ -157,18 +164,19 @@ def _claim(out, default, going_on):
     for path in candidates:
         if not out and holds_run(path):
             continue
-        made, held = [folder for folder in (path, *path.parents) if not folder.exists()], None
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        held = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             if os.name == "posix":
-                held = os.open(path, os.O_RDONLY)  # stays with the folder wherever it's moved
+                held = os.open(path, os.O_RDONLY)  # follows the folder if it is moved
             free = held is None or lock(held)
             if free and (going_on or not holds_run(path)):
                 if (path / "log.txt").exists() and not (path / "log.txt").is_file():
                     raise ValueError(f"--out {path} has a log.txt that is no file: name another folder")
                 log = open(path / "log.txt", "a", buffering=1, encoding="utf-8", errors="backslashreplace")
                 return RunFolder(path, log, held, made)
-            if held is not None:
+            if held is not None:  # it's taken: try the next name
                 os.close(held)
             if out and not free:
                 raise ValueError(f"--out {path} is being written by a run that is alive: name another folder")
@@ -182,9 +190,9 @@ def _claim(out, default, going_on):
 
 
 def holds_run(path: Path) -> bool:
-    """Is there anything of a run in a folder?
+    """Does a folder hold anything of a run?
 
-    The log of a run with this very command, which was killed before it saved anything, doesn't count.
+    A log that this very command began, and that was killed before it saved anything, doesn't count.
     """
     log = path / "log.txt"
     if log.is_file() and log.stat().st_size > 0 and not arguments.began(path):
@@ -208,7 +216,7 @@ def locked(path: Path):
 
 def lock(folder: int) -> bool:
     """Lock an open folder for this process; False if another one has it."""
-    import fcntl  # which Windows lacks, where no folder is opened
+    import fcntl  # Windows lacks it; there lock() isn't called
 
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -253,7 +261,7 @@ def describe(run) -> list[str]:
 
 
 def describe_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """A line for each initial learning rate, the highest first: its layers, and how many of their numbers decay."""
+    """A line for each initial learning rate, the highest first: its layers, and how many parameters decay."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     by_lr = {}
     for group in optimizer.param_groups:
@@ -283,7 +291,7 @@ def beginnings(name):
 
 
 def prefixes(chosen, known):
-    """The shortest prefixes that name all the chosen parameters and no other; in the middle of many, ..."""
+    """The shortest prefixes that name all the chosen parameters and no other; of many, the first and last few."""
     found, chosen = {}, dict.fromkeys(chosen)  # dicts keep the order
     shared = {prefix for name in known if name not in chosen for prefix in beginnings(name)}
     for name in chosen:
@@ -309,36 +317,29 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def summary(history: list, best: dict | None) -> dict:
-    """What result.json holds of the epochs of a run and of its best one."""
-    seconds = sum(row["seconds"] for row in history)
-    result = {}
-    for name, key in (("best_epoch", "epoch"), ("best_val_acc", "val_acc"), ("best_val_loss", "val_loss")):
-        result[name] = best[key] if best and not math.isnan(best[key]) else None
-    result["epochs_run"] = len(history)
-    result["train_seconds"] = seconds
-    result["images_per_second"] = images_seen(history) / seconds if seconds else None
-    return result
-
-
-def images_seen(history: list) -> float:
-    return sum(row["seconds"] * row["images_per_second"] for row in history)
-
-
-def result_of(run, history: list, best: dict | None, stopped: str, test_loss, test_acc) -> dict:
+def result_of(run, progress, best: dict | None, stopped: str, test_loss, test_acc) -> dict:
     """What result.json holds. Accuracies are fractions."""
-    images = images_seen(history)
-    if run.args.opt == "lbfgs" and history:  # it looks at each batch several times
-        images *= next(iter(run.optimizer.state.values()))["func_evals"] / history[-1]["step"]
+    history = progress.history
+    seconds = sum(row["seconds"] for row in history)
+    images = sum(row["seconds"] * row["images_per_second"] for row in history)
+    evaluations = 1.0  # of each image
+    if run.args.opt == "lbfgs" and history:
+        evaluations = next(iter(run.optimizer.state.values()))["func_evals"] / progress.step
+    of_best = {}
+    for key in ("epoch", "val_acc", "val_loss"):
+        of_best[f"best_{key}"] = best[key] if best and not math.isnan(best[key]) else None
     return {
         "model": run.args.model,
         "data": run.dataset.name,
         "test_acc": test_acc,
         "test_loss": test_loss,
-        **summary(history, best),
+        **of_best,
+        "epochs_run": len(history),
+        "train_seconds": seconds,
+        "images_per_second": images / seconds if seconds else None,
         "stopped": stopped,
         "params": sum(p.numel() for p in run.model.parameters()),
-        "train_pflops": build.flops_per_image(run) * images / 1e15,
+        "train_pflops": build.flops_per_image(run) * images * evaluations / 1e15,
         "seed": run.args.seed,
         "device": devices.device_name(run.device),
         "amp": run.precision,
