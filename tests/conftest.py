@@ -271,7 +271,7 @@ EFFECTS = {
     "momentum": ("--opt sgd", "--momentum 0.5", "weights"),
     "nesterov": ("--opt sgd", "--nesterov", "weights"),
     "opt_betas": ("", "--opt-betas 0.5,0.6", "weights"),
-    "clip_grad": ("", "--clip-grad 0.001 --opt sgd", "weights"),
+    "clip_grad": ("--opt sgd", "--clip-grad 0.001", "weights"),
     "sched": ("", "--sched none", "weights"),
     "warmup_epochs": ("", "--warmup-epochs 0.5", "weights"),
     "min_lr": ("", "--min-lr 0.001", "weights"),

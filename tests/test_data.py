@@ -10,6 +10,7 @@ import pickle
 import shutil
 import socket
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -410,3 +411,39 @@ def test_grey_of_more_than_8_bits(tmp_path):
     assert data.decode(tmp_path / "32.tif", 1).shape == (3, 1, 1)  # cropped to its centre: neither wraps round
     with pytest.raises(ValueError, match="floating-point"):
         data.decode(tmp_path / "float.tif", 8)
+
+
+def test_the_mean_is_of_the_training_images_alone(tmp_path):
+    for part, colour in (("train", "black"), ("test", "white")):
+        for name in "ab":
+            (tmp_path / "pets" / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), colour).save(tmp_path / "pets" / part / name / "0.png")
+    assert data.load(str(tmp_path / "pets"), tmp_path).mean == (0.0,)
+
+
+def test_the_centre_is_kept(tmp_path):
+    wide = Image.new("RGB", (30, 10), "red")
+    wide.paste((0, 255, 0), (10, 0, 20, 10))
+    for name, image in (("wide.png", wide), ("tall.png", wide.rotate(90, expand=True))):
+        image.save(tmp_path / name)
+        pixels = data.decode(tmp_path / name, 10)
+        assert pixels[1].min() == 255 and pixels[0].max() == 0
+
+
+def test_a_slow_address_is_left_for_the_next_and_the_last_is_waited_for(tmp_path, monkeypatch):
+    clock, asked = [0.0], []
+
+    class Slow(io.BytesIO):
+        def read(self, size):
+            clock[0] += data.SILENCE + 10
+            return super().read(1000)
+
+    def urlopen(address, **_):
+        asked.append(address)
+        return Slow(bytes(5000))
+
+    monkeypatch.setattr(data, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    with pytest.raises(data.Unavailable, match="too slow; 5,000 bytes came"):
+        data.load("cifar10", tmp_path)
+    assert len(asked) == 2

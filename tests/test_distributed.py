@@ -29,7 +29,7 @@ def test_processes_follow_the_run_of_one(count, tmp_path):
     flags = "--hidden 32 --no-batch-norm --dropout 0 --data shapes --epochs 2 --limit 301 --val-split 501"
     flags = [*flags.split(), *"--batch-size 100 --amp off --device cpu --clip-grad 1 --out".split()]
     assert python(HERE / "train.py", *flags, "one", cwd=tmp_path).returncode == 0
-    done = torchrun(count, HERE / "train.py", *flags, "many", cwd=tmp_path)
+    done = torchrun(count, HERE / "train.py", *flags, "many", "--accum", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len([line for line in done.stdout.splitlines() if line.startswith("epoch ")]) == 2
     one, many = (checkpoints.load(tmp_path / run / "last.pt", keys=checkpoints.RESUME_KEYS) for run in ("one", "many"))
@@ -79,7 +79,7 @@ sys.exit(train.main())
 """
 
 
-TWO = "--hidden 32 --data shapes --limit 1000 --batch-size 100 --epochs 4 --device cpu --out run".split()
+TWO = "--hidden 32 --data shapes --limit 1000 --batch-size 100 --epochs 4 --save-every 4 --device cpu --out run".split()
 
 
 @pytest.mark.slow
@@ -92,6 +92,7 @@ def test_a_process_that_dies_ends_the_run_or_starts_it_anew(restarts, tmp_path):
     assert "train.py: error: process 0 stops" in done.stderr
     last = checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)
     assert (done.returncode == 0) == bool(restarts) and last["epoch"] == (4 if restarts else 2)
+    assert last["step"] == (40 if restarts else 24)  # inside an epoch, where the totals aren't zero
     if restarts:
         straight = torchrun(2, HERE / "train.py", *TWO[:-1], "straight", cwd=tmp_path)
         assert straight.returncode == 0
@@ -128,6 +129,8 @@ def test_machines_start_anew_together(tmp_path):
 
 def test_a_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"^device mps is for one process, not 2: use --device cpu$"):
+        distributed.local_device(torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for name, value in dict(LOCAL_RANK=1, LOCAL_WORLD_SIZE=2).items():
@@ -187,7 +190,7 @@ def test_processes_that_differ_in_precision_are_rejected(tiny, monkeypatch, caps
 
 def test_a_lost_process_is_not_the_fault_of_a_checkpoint():
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:1")
-    with pytest.raises(RuntimeError, match="closed by peer"), checkpoints.blamed("run/last.pt"):
+    with pytest.raises(RuntimeError, match="closed by peer"), checkpoints.blaming("run/last.pt"):
         raise lost
 
 

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import TINY_MLP, call, rows, same, scripted, weights
+from conftest import TINY, TINY_MLP, call, rows, same, scripted, weights
 
 import data as datasets
 import early_stopping
@@ -63,17 +63,18 @@ def test_a_cosine_that_climbs_back_has_no_low_end_to_reach(tiny, monkeypatch, ca
     assert "no better val_acc" in said and "was not reached" not in said
 
 
-def test_poisoned_test_labels_change_no_training(tiny, monkeypatch):
-    real = datasets.shapes
-    assert call(*TINY_MLP, "--epochs", 3, "--out", "clean") == 0
+@pytest.mark.parametrize("model", ["--hidden 16", "--model cnn --widths 4,8 --tta"])
+def test_a_poisoned_test_set_changes_no_training(model, tiny, monkeypatch):
+    real, flags = datasets.shapes, [*TINY, *model.split(), "--epochs", 3]
+    assert call(*flags, "--out", "clean") == 0
 
     def poisoned():
         data = real()
-        data.test = datasets.Split(data.test.images, (data.test.labels + 1) % 10)
+        data.test = datasets.Split(255 - data.test.images, (data.test.labels + 1) % 10)
         return data
 
     monkeypatch.setattr(datasets, "shapes", poisoned)
-    assert call(*TINY_MLP, "--epochs", 3, "--out", "poisoned") == 0
+    assert call(*flags, "--out", "poisoned") == 0
     clean, poisoned = (checkpoints.load(f"{name}/last.pt") for name in ("clean", "poisoned"))
     untimed = [k for k in checkpoints.COLUMNS if k not in ("seconds", "images_per_second")]
     assert [[r[k] for k in untimed] for r in clean["history"]] == [[r[k] for k in untimed] for r in poisoned["history"]]
@@ -85,6 +86,7 @@ def test_poisoned_test_labels_change_no_training(tiny, monkeypatch):
 
 
 def test_the_test_set_is_read_once_with_the_best_weights(tiny, monkeypatch):
+    scripted(monkeypatch, [0.4, 0.3, 0.2, 0.1, 0.5])
     read, real = [], evaluation.evaluate
 
     def evaluate(model, split, *rest, **options):
@@ -95,6 +97,9 @@ def test_the_test_set_is_read_once_with_the_best_weights(tiny, monkeypatch):
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     assert call(*TINY_MLP, "--epochs", 4, "--out", "run") == 0
     assert len(read) == 1 and same(read[0], dict(weights("run/best.pt")))
+    assert checkpoints.load("run/best.pt")["epoch"] == 1
+    read.clear()
+    assert call(*TINY_MLP, "--no-test", "--out", "closed") == 0 and not read
 
 
 def test_without_validation_the_last_weights_are_the_result(tiny, capsys):

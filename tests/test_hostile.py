@@ -255,7 +255,7 @@ def test_a_test_loss_that_is_not_finite_is_no_result(tiny, monkeypatch, capsys):
     monkeypatch.setattr(train, "score", score)
     assert call(*TINY_MLP, "--runs", 2, "--out", "many") == 1
     said = capsys.readouterr()
-    assert "the test loss is nan: --eval many/seed-1/best.pt --amp off" in said.out and said.err == ""
+    assert "the test loss is nan: try --eval many/seed-1/best.pt --amp off" in said.out and said.err == ""
     result = json.loads(Path("many/seed-1/result.json").read_text())
     assert result["stopped"] == "non-finite loss" and result["test_loss"] is result["test_acc"] is None
 

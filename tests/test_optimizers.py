@@ -376,3 +376,36 @@ def test_groups_are_described_by_rate():
     assert lines[1].startswith("lr 0.005: blocks.1.norm_1, blocks.1.attention, blocks.1.norm_2 (")
     assert lines[3].startswith("lr 0.00125: cls_token, pos_embedding, patch_embedding (3,680 parameters, 1,536 with")
     assert len(lines) == 4
+
+
+def test_the_gradient_of_the_whole_batch_is_clipped():
+    model = mlp_mnist.MLP(hidden=(16,), batch_norm=False, dropout=0)
+    images, labels, grads = images_for(model, 23), torch.arange(23) % 10, []
+    for flags in ("", "--clip-grad 0.01 --accum 4"):
+        train.backward(run_of(arguments.parse(flags.split())[0], model), images, labels, 23)
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]).clone())
+    assert grads[0].norm() > 0.02 and torch.allclose(grads[1], 0.01 * grads[0] / grads[0].norm(), atol=1e-6)
+
+
+def test_muon_takes_nesterovs_momentum():
+    torch.manual_seed(0)
+    matrix = torch.nn.Parameter(torch.randn(6, 10))
+    optimizer, expected, average = muon_of_one(matrix, momentum=0.9), matrix.detach().clone(), torch.zeros(6, 10)
+    for grad in torch.randn(3, 6, 10):
+        matrix.grad = grad.clone()
+        optimizer.step()
+        average = 0.9 * average + 0.1 * grad
+        ahead = 0.9 * average + 0.1 * grad
+        expected = expected - 0.1 * 0.2 * 10**0.5 * optimizers.orthogonal(ahead[None])[0].float()
+    assert torch.allclose(matrix, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("opt", optimizers.OPTIMIZERS)
+def test_every_option_reaches_its_optimizer(opt):
+    values = {"lr": 0.123, "momentum": 0.456, "nesterov": True, "opt_betas": (0.7, 0.8)}
+    own = {name: values[name] for name in optimizers.options_of(opt) - optimizers.GROUP_OPTIONS}
+    group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))]}
+    if opt == "muon":
+        group["use_muon"] = True
+    (found,) = optimizers.OPTIMIZERS[opt]([group], **own).param_groups
+    assert all(found["betas" if name == "opt_betas" else name] == value for name, value in own.items())

@@ -19,6 +19,7 @@ from conftest import (
     missing,
     python,
     rows,
+    same,
     scripted,
     write_folder,
 )
@@ -26,6 +27,7 @@ from PIL import Image
 
 import cnn_cifar10
 import data as datasets
+import losses
 import mlp_mnist
 import plot
 import predict
@@ -70,10 +72,10 @@ def test_runs_are_named_by_what_differs(tmp_path):
     assert named(dict(data="images", seed=1), dict(data="./images/", seed=2))[0].endswith("sd of 2 seeds)")
     before = len(list(tmp_path.iterdir()))
     assert named({}, {}) == [f"{before}", f"{before + 1}"]  # the same run twice isn't two seeds
-    for same in (dict(no_test=True), dict(compile=True), dict(minutes=1.0, epochs=1.23)):  # they change no result
-        other = {name: value + 0.1 if name == "epochs" else value for name, value in same.items() if name == "minutes"}
-        other |= {"epochs": 1.24} if "epochs" in same else {}
-        assert named(dict(seed=1, **same), dict(seed=2, **other))[0].endswith("sd of 2 seeds)"), same
+    for idle in (dict(no_test=True), dict(compile=True), dict(minutes=1.0, epochs=1.23)):  # they change no result
+        other = {name: value + 0.1 if name == "epochs" else value for name, value in idle.items() if name == "minutes"}
+        other |= {"epochs": 1.24} if "epochs" in idle else {}
+        assert named(dict(seed=1, **idle), dict(seed=2, **other))[0].endswith("sd of 2 seeds)"), idle
     (tmp_path / "0" / "seed-notes.txt").touch()  # no seed of --runs
     (tmp_path / "0" / "result.json").unlink()  # as while it goes on
     assert next(iter(plot.collect([tmp_path / "0", tmp_path / "1"])[0])) == str(tmp_path / "0")
@@ -538,3 +540,20 @@ def test_seeds_without_validation_are_drawn(tmp_path):
 def test_large_images_are_evaluated_in_smaller_batches():
     assert evaluation.batch_size((3, 32, 32)) == evaluation.batch_size((1, 28, 28)) == 500
     assert evaluation.batch_size((3, 64, 64)) == 125 and evaluation.batch_size((3, 2000, 2000)) == 1
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+def test_an_evaluation_is_the_mean_over_all_images_and_changes_nothing(loss):
+    torch.manual_seed(0)
+    model = give_head_weights(mlp_mnist.MLP(image_size=8, channels=1, hidden=(8,), dropout=0.5)).train()
+    images = torch.randint(0, 256, (40_000, 1, 8, 8), dtype=torch.uint8)
+    count = evaluation.batch_size((1, 8, 8)) + 203  # a whole batch, and a smaller one
+    split = datasets.Split(images[:count], torch.arange(count) % 10)
+    data = datasets.Dataset("x", list("0123456789"), (0.4,), (0.2,), split, split)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = evaluation.evaluate(model, split, data, torch.device("cpu"), "fp32", loss=loss)
+    assert same(before, dict(model.state_dict()))
+    with torch.no_grad():
+        logits = model.eval()((split.images / 255 - 0.4) / 0.2)
+    right = (logits.argmax(1) == split.labels).double().mean().item()
+    assert found == pytest.approx((losses.parse(loss)(logits, split.labels).item(), right), rel=1e-5)

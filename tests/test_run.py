@@ -1,6 +1,7 @@
 """Tests: run."""
 
 import csv
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,10 @@ from conftest import TINY_MLP, Killed, assert_same_run, call, halt, same, script
 
 import data as datasets
 import mlp_mnist
+import plot
+import schedulers
 import train
-from utils import checkpoints, devices, evaluation
+from utils import arguments, build, checkpoints, devices, evaluation
 
 
 def test_every_output_is_there_and_says_the_same(tiny, capsys):
@@ -110,16 +113,38 @@ def test_a_kill_between_last_and_best_loses_nothing(tiny, monkeypatch):
 
 def test_resuming_elsewhere_and_for_longer(tiny, capsys):
     assert call(*TINY_MLP, "--epochs", 2, "--lr", 0.1, "--out", "run") == 0
-    best = weights("run/best.pt")
     assert call("--resume", "run/last.pt", "--epochs", 3, "--out", "longer") == 0
     assert "--epochs 2.0 -> 3.0" in Path("longer/log.txt").read_text()
     result = json.loads(Path("longer/result.json").read_text())
     assert result["epochs_run"] == 3 and result["args"]["epochs"] == 3
-    if result["best_epoch"] < 3:
-        assert same(dict(weights("longer/best.pt")), dict(best))
+    stretched = schedulers.schedule("cosine", lr=0.1, epochs=3, warmup_epochs=0.4)
+    assert plot.read("longer")[-1]["lr"] == pytest.approx(0.1 * stretched(2.5))  # of the last of six steps
     shutil.move("longer", "moved")  # a folder may be renamed: last.pt's own place counts
     assert call("--resume", "moved/last.pt", "--epochs", 4) == 0
     assert not Path("longer").exists() and checkpoints.load("moved/last.pt")["epoch"] == 4
+
+
+def test_a_moved_run_takes_its_best_epoch_along(tiny, monkeypatch):
+    scripted(monkeypatch, [0.4, 0.3])
+    assert call(*TINY_MLP, "--epochs", 2, "--out", "run") == 0
+    best = weights("run/best.pt")
+    scripted(monkeypatch, [0.2])
+    assert call("--resume", "run/last.pt", "--epochs", 3, "--out", "longer") == 0
+    assert checkpoints.load("longer/best.pt")["epoch"] == 1 and same(dict(weights("longer/best.pt")), dict(best))
+    assert json.loads(Path("longer/result.json").read_text())["best_epoch"] == 1
+
+
+def test_each_epoch_has_an_order_of_its_own_and_each_seed_its_own(tiny):
+    def epochs(seed):
+        run = train.prepare(arguments.parse([*TINY_MLP, "--batch-size", "20", "--seed", str(seed)])[0])
+        n = run.steps_per_epoch
+        labels = [y for _, y, _ in itertools.islice(build.training_batches(run, 0), 2 * n)]
+        return run, torch.cat(labels[:n]), torch.cat(labels[n:])
+
+    run, first, second = epochs(0)
+    other, another, _ = epochs(1)
+    assert not torch.equal(first, second) and torch.equal(first.sort()[0], second.sort()[0])
+    assert not torch.equal(first, another) and not same(run.val_set, other.val_set)
 
 
 def test_a_resume_misses_the_best_epoch_at_the_door(tiny, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from conftest import HERE, TINY_MLP, call, python
 from PIL import Image
 
 import schedulers
+import train
 
 LR, EPOCHS = 0.1, 12
 
@@ -159,3 +160,18 @@ def test_schedulers_command_line(tmp_path):
     for wrong in (["--sched", "all"], ["--plot", "x"], ["--gamma", "7"], ["--epochs", "nan"], ["--sched", "nope"]):
         done = python(HERE / "schedulers.py", *wrong)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_every_step_is_taken_at_the_learning_rate_of_the_schedule(tiny, monkeypatch):
+    real, seen = train.train_step, []
+
+    def step(run, *batch):
+        seen.append([(group["initial_lr"], group["lr"]) for group in run.optimizer.param_groups])
+        return real(run, *batch)
+
+    monkeypatch.setattr(train, "train_step", step)
+    assert call(*TINY_MLP, "--hidden", "8,8", "--layer-decay", 0.5, "--epochs", 3, "--warmup-epochs", 0) == 0
+    multiplier = schedulers.schedule("cosine", lr=0.002, epochs=3)
+    assert sorted({initial for initial, _ in seen[0]}) == pytest.approx([0.0005, 0.001, 0.002]) and len(seen) == 6
+    for i, groups in enumerate(seen):
+        assert all(lr == pytest.approx(initial * multiplier(i / 2)) for initial, lr in groups)

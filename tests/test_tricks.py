@@ -370,3 +370,34 @@ def test_models_learn_on_shapes_from_the_command_line(tmp_path):
     out = tmp_path / "runs" / "mlp-shapes-adamw-cosine"
     assert json.loads((out / "result.json").read_text())["test_acc"] > 0.6
     assert Image.open(out / "curves.png").width > 600
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def synced(file):
+        calls.append("folder" if os.path.samestat(os.fstat(file), os.stat(tmp_path)) else "file")
+        fsync(file)
+
+    def replaced(*names):
+        calls.append("replace")
+        replace(*names)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    checkpoints.write(b"x", tmp_path / "a.pt")
+    assert calls == ["file", "replace", "folder"]
+
+
+def test_a_file_that_another_program_reads_is_replaced_a_little_later(tmp_path, monkeypatch):
+    waited, replace = [], os.replace
+
+    def denied_twice(*names):
+        if len(waited) < 2:
+            raise PermissionError("[WinError 5] Access is denied")
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", denied_twice)
+    monkeypatch.setattr(checkpoints.time, "sleep", waited.append)
+    checkpoints.write(b"x", tmp_path / "a.pt")
+    assert waited == [0.1, 0.5] and [path.name for path in tmp_path.iterdir()] == ["a.pt"]
