@@ -1,6 +1,7 @@
 """Tests: run."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import shutil
@@ -135,16 +136,19 @@ def test_a_moved_run_takes_its_best_epoch_along(tiny, monkeypatch):
 
 
 def test_each_epoch_has_an_order_of_its_own_and_each_seed_its_own(tiny):
-    def epochs(seed):
-        run = train.prepare(arguments.parse([*TINY_MLP, "--batch-size", "20", "--seed", str(seed)])[0])
+    def prepared(seed):
+        return train.prepare(arguments.parse([*TINY_MLP, "--batch-size", "20", "--seed", str(seed)])[0])
+
+    def epochs(run):
         n = run.steps_per_epoch
         labels = [y for _, y, _ in itertools.islice(build.training_batches(run, 0), 2 * n)]
-        return run, torch.cat(labels[:n]), torch.cat(labels[n:])
+        return torch.cat(labels[:n]), torch.cat(labels[n:])
 
-    run, first, second = epochs(0)
-    other, another, _ = epochs(1)
+    run = prepared(seed=0)
+    first, second = epochs(run)
     assert not torch.equal(first, second) and torch.equal(first.sort()[0], second.sort()[0])
-    assert not torch.equal(first, another) and not same(run.val_set, other.val_set)
+    other_order, _ = epochs(dataclasses.replace(run, args=arguments.changed(run.args, seed=1)))
+    assert not torch.equal(first, other_order) and not same(run.val_set, prepared(seed=1).val_set)
 
 
 def test_a_resume_misses_the_best_epoch_at_the_door(tiny, monkeypatch, capsys):
