@@ -201,7 +201,7 @@ def parse(argv=None, program="train.py"):
         checkpoint = distributed.on_main(lambda: checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS))
     with checkpoints.blaming(chosen.resume):
         if checkpoint:
-            rebuild(checkpoint, chosen.resume)  # its sizes are those of its weights: no larger model is built
+            rebuild(checkpoint, chosen.resume)  # rejects sizes that aren't those of its weights
         args = _parse(argv, program, chosen, checkpoint["args"] if checkpoint else None)
     return args, checkpoint
 

@@ -26,7 +26,7 @@ SOME = 2000  # images on which validation is timed
 def within_minutes(run, trial, train_step, score):
     """The same run, with as many whole steps as fit into --minutes, validation and saving included.
 
-    `trial` is a copy of the run, to be thrown away; the functions are those of train.py.
+    `trial` is a throw-away copy of the run. The functions are those of train.py, which imports this file.
     """
     rng = devices.rng_state(trial.device)
     per_epoch = trial.steps_per_epoch
@@ -51,7 +51,7 @@ def within_minutes(run, trial, train_step, score):
         others.append((lambda: score(trial, some), count / len(some.labels)))
     steps = steps_within(60 * trial.args.minutes, step, per_epoch, others)
     devices.restore_rng(rng, trial.device)
-    length = min(steps / per_epoch, 1e9)  # the most that --epochs can be
+    length = min(steps / per_epoch, 1e9)  # the largest --epochs
     warmup = arguments.warmup_within(run.args, run.args.given, length)
     args = arguments.changed(run.args, epochs=length, warmup_epochs=warmup)
     return dataclasses.replace(run, args=args, schedule=arguments.make_schedule(args))
@@ -64,31 +64,33 @@ def steps_within(seconds: float, step: Callable, per_epoch: int, others: list[tu
     epoch, which is timed and multiplied by scale.
     """
     began = time.perf_counter()
-    # The device's own warm-up apart, and the recording of a CUDA graph at the 4th whole batch.
+    # Not timed: the first steps are slow, and at the 4th whole batch a CUDA graph is recorded.
     for _ in range(8 if torch.cuda.is_initialized() else 5):
         step()
     count, taken = 0, 0.0
+    # Twice as many steps each time, until they take 3 % of the time, or are an epoch.
     while count < per_epoch and taken < 0.03 * seconds:
         count = min(per_epoch, max(4, 2 * count))
         start = now()
         for _ in range(count):
             step()
         taken = now() - start
-    a_step, around = taken / count, 0.0
+    step_seconds = taken / count
+    other_seconds = 0.0  # an epoch: validation and saving
     for function, scale in others:
         function()
         start = now()
         function()
-        around += (now() - start) * scale
+        other_seconds += (now() - start) * scale
     left = seconds - (time.perf_counter() - began)
-    an_epoch = a_step * per_epoch + around
-    whole = max(0, math.floor(left / an_epoch))
-    rest = left - whole * an_epoch - around  # for the steps of a last epoch, after which all is done once more
-    return max(1, whole * per_epoch + max(0, math.floor(rest / a_step)))
+    epoch_seconds = step_seconds * per_epoch + other_seconds
+    full_epochs = max(0, math.floor(left / epoch_seconds))
+    rest = left - full_epochs * epoch_seconds - other_seconds  # a last epoch, not whole, is validated and saved, too
+    return max(1, full_epochs * per_epoch + max(0, math.floor(rest / step_seconds)))
 
 
 def now() -> float:
-    """The time at which the device has done all that it was told."""
+    """The time, after the device has finished all its work."""
     if torch.cuda.is_initialized() or torch.mps.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()

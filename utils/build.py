@@ -15,31 +15,32 @@ from utils.ema import Ema
 
 def load_data(args):
     """Load the dataset and split its training set into train and validation."""
-    where = {
+    options = {
         "data_dir": args.data_dir,
         "img_size": args.img_size,
         "fallback": "data" not in args.given and not args.resume,
-        # A checkpoint may name a folder to read from, and none to write into.
+        # Nothing is written into a folder that a checkpoint alone names.
         "read_only": bool(args.resume) and "data_dir" not in args.given and args.data_dir != arguments.DATA_DIR,
     }
-    dataset = distributed.on_local_main(lambda: data.load(args.data, **where))
+    dataset = distributed.on_local_main(lambda: data.load(args.data, **options))
     if distributed.world_size() > 1:  # one of several machines may have fallen back
         what = dataset.name, checkpoints.fingerprint(*dataset.train, *dataset.test)
         if any(other != what for other in distributed.all_gather(what)):
             raise ValueError(f"data {args.data} isn't the same in all processes: give every machine the same files")
-    count = dataset.train.images.shape[1]
+    channels = dataset.train.images.shape[1]
     for name in ("mean", "std"):
         given = getattr(args, name)
-        if given is not None and len(given) not in (1, count):
+        if given is None:
+            continue
+        if len(given) not in (1, channels):
             shown = ",".join(str(x) for x in given)
-            raise ValueError(f"--{name} {shown} must be one value, or one for each of {count} channels")
-        if given is not None:
-            dataset = dataclasses.replace(dataset, **{name: given * (count // len(given))})
+            raise ValueError(f"--{name} {shown} must be one value, or one for each of {channels} channels")
+        dataset = dataclasses.replace(dataset, **{name: given * (channels // len(given))})
     train_set, val_set = data.split(dataset.train, args.val_split, args.seed)
     if args.limit:
         try:
             train_set = data.limit(train_set, args.limit, args.seed)
-        except ValueError as error:  # the set may be the one to fall back to
+        except ValueError as error:  # the name helps: it may be the fallback
             raise ValueError(f"{error} of {dataset.name}") from None
     size = dataset.train.images.shape[-1]
     if args.crop_pad >= size:
@@ -50,9 +51,9 @@ def load_data(args):
 
 
 def training_batches(run, step):
-    """Yield this process's share of each batch from a step on, augmented, without end.
+    """Yield (images, labels, size of the whole batch) for each step from `step` on, without end.
 
-    As (images, labels, size of the whole batch).
+    The images are this process's share of the batch, augmented, on the device.
     """
     args, dataset = run.args, run.dataset
     while True:
@@ -85,7 +86,7 @@ def make_model(args, dataset, train_set, device):
     sizes = {"image_size": image_size, "channels": channels, "num_classes": len(dataset.classes)}
     try:
         model = models.MODELS[args.model].build(args, **sizes)
-    except (ArithmeticError, AttributeError, TypeError, RuntimeError, MemoryError) as error:  # sizes beyond memory
+    except (ArithmeticError, AttributeError, TypeError, RuntimeError, MemoryError) as error:  # sizes too large
         raise ValueError(f"--model {args.model} can't be built in these sizes: {str(error)[:100]}") from None
     if hasattr(model, "whiten"):
         some = data.limit(train_set, min(512, len(train_set.labels)), args.seed)
@@ -98,7 +99,7 @@ def make_model(args, dataset, train_set, device):
 
 
 def on_device(split, device):
-    """A split in the device's memory, where batches are augmented; as it is if that takes over half of a GPU's free."""
+    """Move a split to the device, where batches are augmented, unless it takes over half of a GPU's free memory."""
     if device.type == "cuda" and split.images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return split
     return data.Split(split.images.to(device), split.labels.to(device))
@@ -106,7 +107,7 @@ def on_device(split, device):
 
 def make_optimizer(args, model):
     options = {"weight_decay": args.weight_decay, "decay_all": args.decay_all, "use_muon": args.opt == "muon"}
-    if args.opt != "lbfgs":  # it knows one group of parameters
+    if args.opt != "lbfgs":  # it takes one group of parameters, with one learning rate
         options |= {"lr": args.lr, "layer_decay": args.layer_decay, "lr_scale": args.lr_scale}
     groups = optimizers.parameter_groups(model, **options)
     own = optimizers.options_of(args.opt) - optimizers.GROUP_OPTIONS
@@ -117,7 +118,7 @@ def make_optimizer(args, model):
 
 
 def compiled(model):
-    """The same model for training, compiled at its first batch, and once more for a last batch of another size."""
+    """The compiled model. It compiles at the first batch, and again for a last batch of another size."""
     try:
         return torch.compile(model, dynamic=False)
     except RuntimeError as error:  # not on this version of Python, or not on this system
@@ -139,7 +140,7 @@ def flops_per_image(run) -> float:
 
 
 def trial(run, **changes):
-    """A copy of a run to be thrown away, with other arguments, and with a model, optimizer and scaler of its own."""
+    """A throw-away copy of a run with its own model, optimizer, scaler and EMA, and with changed arguments."""
     args = arguments.changed(run.args, **changes)
     model = copy.deepcopy(run.model)
     optimizer, scaler = make_optimizer(args, model), devices.grad_scaler(run.device, run.precision)

@@ -10,13 +10,16 @@ from utils import arguments, checkpoints, devices, distributed, errors, models
 
 
 def batch_size(shape) -> int:
-    """How many images of this shape, (channels, height, width), are evaluated at once: 500 as large as CIFAR-10's."""
+    """How many images of this shape, (channels, height, width), to evaluate at once: 500 of CIFAR-10."""
     return max(1, min(500, 500 * 3 * 32 * 32 // math.prod(shape)))
 
 
 @torch.inference_mode()
 def evaluate(model, split, dataset, device, precision, *, loss="ce", tta=False, flip=False):
-    """Mean loss and accuracy over all images of a split, the same in any number of processes."""
+    """Mean loss and accuracy over all images of a split, the same in any number of processes.
+
+    With tta, logits are means over shifted copies of an image, with flip over mirrored ones, too.
+    """
     model.eval()
     loss_of = losses.parse(loss)
     totals = devices.totals(device)
@@ -35,7 +38,7 @@ def evaluate(model, split, dataset, device, precision, *, loss="ce", tta=False, 
 
 
 def test(checkpoint, path, *, data, data_dir, device, amp):
-    """Test a checkpoint as its run did. Returns the dataset, and the mean loss and accuracy on its test images."""
+    """Test a checkpoint, with the loss and TTA of its run. Returns the dataset, mean loss and accuracy."""
     dataset = models.dataset_for(checkpoint, data, data_dir, path)
     device = distributed.local_device(devices.choose_device(device))
     devices.speed_up(device)
@@ -49,7 +52,7 @@ def test(checkpoint, path, *, data, data_dir, device, amp):
 
 
 def args_of(checkpoint):
-    """The arguments of a checkpoint's run, with defaults for what a stranger's may lack."""
+    """The arguments of a checkpoint's run, with defaults for what a checkpoint from elsewhere may lack."""
     return {"data": "shapes", "amp": "auto", "loss": "ce", "tta": False, "flip": False} | checkpoint["args"]
 
 
@@ -64,13 +67,14 @@ def test_line(dataset, loss, acc, tta, note=""):
 
 def test_checkpoint(args):
     """--eval: print the test accuracy of a saved checkpoint."""
-    known = {"eval", "model", "data", "data_dir", "device", "amp"}
-    arguments.reject_idle(args, args.given - known, "with --eval")
+    allowed = {"eval", "model", "data", "data_dir", "device", "amp"}
+    arguments.reject_idle(args, args.given - allowed, "with --eval")
     checkpoint = checkpoints.load(args.eval)
     if "model" in args.given and args.model != checkpoint["model"]:
         raise ValueError(f"{args.eval} holds a {checkpoint['model']}, not --model {args.model}")
-    of_the_run = args_of(checkpoint)
-    data, amp = (getattr(args, name) if name in args.given else of_the_run[name] for name in ("data", "amp"))
-    where = {"data": data, "data_dir": args.data_dir, "device": args.device, "amp": amp}
-    dataset, loss, acc = test(checkpoint, args.eval, **where)
-    errors.show(test_line(dataset, loss, acc, of_the_run["tta"]))
+    saved = args_of(checkpoint)
+    data = args.data if "data" in args.given else saved["data"]
+    amp = args.amp if "amp" in args.given else saved["amp"]
+    options = {"data": data, "data_dir": args.data_dir, "device": args.device, "amp": amp}
+    dataset, loss, acc = test(checkpoint, args.eval, **options)
+    errors.show(test_line(dataset, loss, acc, saved["tta"]))

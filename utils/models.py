@@ -17,7 +17,7 @@ from utils.finetune import few
 #   model_args                 the keywords that built it: checkpoints hold them
 #   head                       the last layer, left out when another model's weights with other classes are loaded
 # and may have
-#   whiten(images)             set the first layer by normalised training images, before training
+#   whiten(images)             set the first layer from normalised training images, before training
 #   fixed                      names of the parameters that whiten freezes
 #   layer_of(name)             the layer of a parameter, counted from the input, for layer-wise learning rates
 #   no_weight_decay            names of parameters to spare besides biases and norms
@@ -31,11 +31,11 @@ def rebuild(checkpoint: dict, path="the checkpoint") -> torch.nn.Module:
     name = checkpoint["model"]
     if name not in CLASSES:
         raise ValueError(f"{path} holds an unknown model {name!r}: choose from {', '.join(CLASSES)}")
-    sizes = checkpoint["model_args"]
+    sizes = checkpoint["model_args"]  # all keywords of the model
     described = (checkpoint["image_size"], checkpoint["channels"], len(checkpoint["classes"]))
     if (sizes.get("image_size"), sizes.get("channels"), sizes.get("num_classes")) != described:
         raise ValueError(f"{path} contradicts itself: a model of {str(sizes)[:200]} for images and classes {described}")
-    layers = [sizes.get("depth")]
+    layers = [sizes.get("depth")]  # a million layers, which the weights haven't, would take long to build
     for key in ("hidden", "widths"):
         layers.append(len(sizes[key]) if isinstance(sizes.get(key), (list, tuple)) else 0)
     if any(isinstance(count, int) and count > len(checkpoint["state_dict"]) for count in layers):
@@ -47,7 +47,7 @@ def rebuild(checkpoint: dict, path="the checkpoint") -> torch.nn.Module:
         for key, tensor in checkpoint["state_dict"].items():
             if key in expected and tensor.dtype != expected[key].dtype:
                 raise ValueError(f"{key} is {tensor.dtype}")
-        # A copy of the dict: torch would note in it that its tensors are to be taken, not copied, from then on.
+        # In a copy of the dict: torch leaves a mark in it by which a later load_state_dict wouldn't copy the tensors.
         model.load_state_dict(dict(checkpoint["state_dict"]), assign=True)
     except (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} holds weights that don't fit its model {name}: {str(error)[:200]}") from None
@@ -58,10 +58,10 @@ def read_init(path, model: str) -> dict:
     """What --init starts from, with keys model_args, state_dict and classes: a checkpoint, or a vit_* of timm."""
     content = checkpoints.load(path, keys={})
     if content.keys() >= checkpoints.KEYS.keys():
-        content = checkpoints.load(path)  # now all of it is looked at
+        content = checkpoints.load(path)  # now with all checks
         if content["model"] != model:
             raise ValueError(f"--init {path} holds a {content['model']}, not a {model}: use --model {content['model']}")
-        rebuild(content, path)  # its sizes are those of its weights: no larger model is built
+        rebuild(content, path)  # rejects sizes that aren't those of its weights: no larger model is built
         return content
     if model != "vit":
         raise ValueError(f"--init {path} is not a checkpoint of train.py; weights of timm need --model vit")
@@ -73,7 +73,7 @@ def read_init(path, model: str) -> dict:
 
 
 def check_same_kind(checkpoint: dict, path, classes: list, images: torch.Tensor):
-    """Raise ValueError unless a checkpoint's model knows these classes and images of this shape."""
+    """Raise ValueError unless a checkpoint's model was trained on these classes and on images of this shape."""
     size, channels = checkpoint["image_size"], checkpoint["channels"]
     if checkpoint["classes"] != list(classes):
         raise ValueError(f"{path} knows other classes: {few(checkpoint['classes'])}; here are {few(classes)}")
@@ -85,7 +85,8 @@ def check_same_kind(checkpoint: dict, path, classes: list, images: torch.Tensor)
 def load_teacher(path, dataset, device, precision):
     """A function from normalised images to a trained model's logits, for distillation.
 
-    The model sees the images normalised as it knows them. Raises ValueError if it knows others.
+    The images come normalised for the student, and are normalised anew for the teacher. Raises ValueError if the
+    teacher knows other classes or sizes.
     """
     checkpoint = checkpoints.load(path)
     check_same_kind(checkpoint, f"--teacher {path}", dataset.classes, dataset.train.images)
@@ -100,7 +101,7 @@ def load_teacher(path, dataset, device, precision):
             logits = model(images * scale + shift)
         return logits.float()
 
-    teacher.fingerprint = checkpoints.fingerprint(*model.state_dict().values())  # a resumed run knows it again by this
+    teacher.fingerprint = checkpoints.fingerprint(*model.state_dict().values())  # tells a resumed run if it's the same
     return teacher
 
 

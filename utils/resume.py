@@ -27,10 +27,11 @@ def best_content(run, progress) -> dict:
 
 
 def last_content(run, progress) -> dict:
-    """What last.pt holds: the same for the latest step, and all that a resumed run needs to be bitwise identical.
+    """What last.pt holds: best.pt's content for the latest step, and all that a bitwise identical resume needs.
 
-    To be called in all processes.
+    Call it in all processes: it gathers from them.
     """
+    # With --ema, state_dict has the averaged weights, and this the trained ones.
     ema = {"trained": run.model.state_dict(), "updates": run.ema.updates} if run.ema else {}
     return {
         **best_content(run, progress),
@@ -49,38 +50,42 @@ def last_content(run, progress) -> dict:
 def restore(run, progress, checkpoint: dict):
     """Put everything back as last.pt holds it. Raises ValueError if it doesn't fit."""
     dataset = run.dataset
+    processes = len(checkpoint["rng"])  # of the saved run
     try:
+        # Is it this model, are these its images?
         if (checkpoint["model"], checkpoint["model_args"]) != (run.args.model, run.model.model_args):
             raise ValueError(f"it holds a {checkpoint['model']} of {checkpoint['model_args']}")
         models.check_same_kind(checkpoint, "it", dataset.classes, dataset.train.images)
         if (checkpoint["mean"], checkpoint["std"]) != (dataset.mean, dataset.std):
             raise ValueError(f"its images had mean {checkpoint['mean']} and std {checkpoint['std']}")
-        validated = checkpoint["history"][-1]["step"] if checkpoint["history"] else 0
-        if checkpoint["step"] >= run.total_steps and checkpoint["step"] > validated:
-            raise ValueError(f"--epochs {run.args.epochs:g} end by its step {checkpoint['step']}, within an epoch")
         if checkpoint["images"] != run.fingerprint:
             raise ValueError("the training images or labels are not those that it was trained on")
         if run.teacher and checkpoint.get("teacher") != run.teacher.fingerprint:
             raise ValueError(f"--teacher {run.args.teacher} is not the model that it was taught by")
-        least = run.smallest_batch(len(checkpoint["rng"]))
+        # Do its steps mean the same here?
+        least = run.smallest_batch(processes)
         if len(augment.bounds(len(run.train_set.labels), run.args.batch_size, least)) != run.steps_per_epoch:
-            raise ValueError(f"with {len(checkpoint['rng'])} processes its epochs had other batches: start as many")
+            raise ValueError(f"with {processes} processes its epochs had other batches: start as many")
+        validated = checkpoint["history"][-1]["step"] if checkpoint["history"] else 0
+        if checkpoint["step"] >= run.total_steps and checkpoint["step"] > validated:
+            raise ValueError(f"--epochs {run.args.epochs:g} end by its step {checkpoint['step']}, within an epoch")
+        # Load its states.
         if run.ema:
             run.ema.load_state_dict({"model": checkpoint["state_dict"], "updates": checkpoint["ema"]["updates"]})
         run.model.load_state_dict(checkpoint["ema"]["trained"] if run.ema else checkpoint["state_dict"])
         run.optimizer.load_state_dict(checkpoints.optimizer_state(run.optimizer, checkpoint["optimizer"]))
         for state in run.optimizer.state.values():
-            if "mu_product" in state:  # NAdam reads this number in every step: on the GPU it would wait for it
+            if "mu_product" in state:  # NAdam reads this number in every step: on a GPU each read would wait
                 state["mu_product"] = state["mu_product"].cpu()
-        if checkpoint["scaler"]:  # a run in bf16 may go on in fp16, where the device has nothing else
+        if checkpoint["scaler"]:  # empty but for fp16: a run in bf16 may go on in fp16, on a device without bf16
             run.scaler.load_state_dict(checkpoint["scaler"])
-        if distributed.rank() < len(checkpoint["rng"]):
+        if distributed.rank() < processes:  # else there is none for this one: its dropout starts afresh
             devices.restore_rng(checkpoint["rng"][distributed.rank()], run.device)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         if devices.is_out_of_memory(error):
             raise
         raise ValueError(f"--resume can't go on with this file and these images: {str(error)[:200]}") from None
-    if distributed.rank() == 0:  # they are those of all processes
+    if distributed.rank() == 0:  # the saved totals are sums over all processes
         progress.totals.copy_(checkpoint["totals"])
     progress.step = checkpoint["step"]
     progress.history = checkpoint["history"]
@@ -88,52 +93,52 @@ def restore(run, progress, checkpoint: dict):
 
 
 def folder_of_run(run, progress, best: dict | None) -> run_folder.RunFolder:
-    """Open the run's folder. A resumed run goes on in its own, unless --out names another one.
+    """Open the run's folder. A resumed run goes on in the folder of its last.pt, or moves to --out.
 
-    `best` is the row of the best epoch so far. Raises ValueError if its best.pt isn't there, and if something of
+    `best` is the history's row of the best epoch so far. Raises ValueError if its best.pt is missing, and if files of
     another run would be overwritten.
     """
     args, history = run.args, progress.history
     default = Path("runs") / f"{args.model}-{run.dataset.name}-{args.opt}-{args.sched}"
     if not args.resume:
         return run_folder.open_folder(args.out, default)
-    before = Path(args.resume).parent
-    moved = args.out is not None and os.path.realpath(args.out) != os.path.realpath(before)
-    needed = best is not None and best["step"] < progress.step  # else last.pt holds the best epoch itself
+    old_folder = Path(args.resume).parent
+    moved = args.out is not None and os.path.realpath(args.out) != os.path.realpath(old_folder)
+    best_is_older = best is not None and best["step"] < progress.step  # else last.pt has the best weights itself
 
-    def look():
-        """Load best.pt, if there is one to be kept or overwritten."""
-        own, path = before / "last.pt", before / "best.pt"
-        if not moved and not (own.exists() and own.samefile(args.resume)):
+    def load_best():
+        """Load the best.pt that is to be kept, or that would be overwritten; None if there is none."""
+        last, path = old_folder / "last.pt", old_folder / "best.pt"
+        if not moved and not (last.exists() and last.samefile(args.resume)):
             raise ValueError(f"--resume {args.resume} is not the last.pt of its folder: name a folder for it, --out")
-        if not needed and (moved or not path.exists()):
+        if not best_is_older and (moved or not path.exists()):
             return None
-        remedy = "put its own back" if needed else "remove it, or name another folder, --out"
+        remedy = "put its own back" if best_is_older else "remove it, or name another folder, --out"
         try:
-            kept = checkpoints.load(path)
+            content = checkpoints.load(path)
         except ValueError as error:
             raise ValueError(f"{error}: {remedy}") from None
-        # As text, in which NaN is equal to itself: nothing is validated with --val-split 0.
-        rows = map(str, [best] if needed else history)
-        if str(kept["metrics"]) not in rows or kept["model_args"] != run.model.model_args:
+        # Compared as text, since NaN isn't equal to itself: with --val-split 0 nothing is validated.
+        rows = map(str, [best] if best_is_older else history)
+        if str(content["metrics"]) not in rows or content["model_args"] != run.model.model_args:
             raise ValueError(f"{path} is not the best epoch of --resume {args.resume}: {remedy}")
-        return kept
+        return content
 
-    kept = distributed.on_main(look)
-    folder = run_folder.open_folder(args.out if moved else before, default, going_on=not moved)
-    if history:  # a run that was killed after last.pt has not written these
+    old_best = distributed.on_main(load_best)
+    folder = run_folder.open_folder(args.out if moved else old_folder, default, going_on=not moved)
+    if history:  # the run may have been killed after it saved last.pt, before it wrote these
         folder.write_metrics(history)
-        if best and not needed:
+        if best and not best_is_older:
             folder.save("best.pt", best_content(run, progress))
-        elif kept and moved:
-            folder.save("best.pt", kept)
-    if moved:  # a restart finds all that it needs here
+        elif old_best and moved:
+            folder.save("best.pt", old_best)
+    if moved:  # so that a restart finds all that it needs in the new folder
         folder.save("last.pt", last_content(run, progress))
     return folder
 
 
 def log_beginning(run, folder, checkpoint: dict | None):
-    """Log what the run is, where a resumed one goes on and what is not as it was, and where it's written."""
+    """Log what the run is, where a resumed one goes on and which flags have changed, and the folder."""
     args = run.args
     for line in run_folder.describe(run):
         folder.log(line)
