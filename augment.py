@@ -20,6 +20,8 @@ import math
 import os
 import random
 import signal
+import sys
+import warnings
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
@@ -322,13 +324,23 @@ def show(images: Tensor, path, **options) -> None:
     plot.save(path)
 
 
+class Parser(argparse.ArgumentParser):
+    """With errors in one printable line."""
+
+    def error(self, message):
+        line = " ".join(message.split())
+        super().error("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)[:1000])
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Plot augmentation.", allow_abbrev=False, usage=argparse.SUPPRESS)
+    parser = Parser(description="Plot augmentation.", allow_abbrev=False, usage=argparse.SUPPRESS)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files (polygons, if there are none)")
     parser.add_argument("--show", required=True, metavar="FILE", help="where to write the plot")
     add_args(parser)
     args = parser.parse_args()
-    if os.path.realpath(args.show) in map(os.path.realpath, args.images):
+    if os.path.exists(args.show) and not os.path.isfile(args.show):
+        parser.error(f"--show {args.show} is no file: name another one")
+    if os.path.exists(args.show) and any(os.path.exists(x) and os.path.samefile(x, args.show) for x in args.images):
         parser.error(f"--show {args.show} is an image to be shown: name another file for the plot")
     options = {"augment": args.augment} if args.augment != "none" else {}
     for name in ("crop_pad", "flip", "reprob", "mixup", "cutmix"):
@@ -338,13 +350,20 @@ def main():
         if value:
             options["erase" if name == "reprob" else name] = value
     try:
-        show(read_images(args.images), args.show, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # of large or half transparent images, which it reads
+            show(read_images(args.images), args.show, **options)
     except ImportError as error:
         parser.exit(1, f"augment.py: error: there is no {error.name}: pip install pillow numpy\n")
     except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
-    print(f"wrote {args.show}")
+        parser.error(str(error))
+    try:
+        print(f"wrote {args.show}", flush=True)
+    except OSError:  # a full disk, or nobody reads it: the plot is there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not be in the terminal's alphabet
     main()

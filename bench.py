@@ -13,10 +13,10 @@ The variants take turns, several times over; speeds are medians over the turns, 
 
 import itertools
 import math
-import os
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -237,8 +237,12 @@ def command(argv):
         raise ValueError(f"--turns {args.turns} must be >= 1 and --seconds {args.seconds} a finite number above 0")
     if args.until is not None and not 0 < args.until < 1:
         raise ValueError(f"--until {args.until} must be above 0 and below 1: it is an accuracy")
-    if args.out and (Path(args.out).is_dir() or not os.access(Path(args.out).parent, os.W_OK)):
-        raise ValueError(f"--out {args.out} can't be written: name a file in a folder that is yours")
+    if args.out:  # now, rather than after minutes of measuring
+        try:
+            checkpoints.check_writable(args.out)
+            tempfile.TemporaryFile(dir=Path(args.out).parent).close()
+        except OSError as error:
+            raise ValueError(f"--out {args.out} can't be written ({error}): name another file") from None
     own = ["--data-dir", args.data_dir, "--device", args.device]
     if args.data:
         own += ["--data", args.data]

@@ -16,7 +16,11 @@ Or in a program of your own, with torch alone:
 
 import argparse
 import os
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import torch
 import torch.nn.functional as F
@@ -159,13 +163,19 @@ def build(args, *, image_size: int, channels: int, num_classes: int) -> CNN:
     return CNN(arch=args.arch, widths=args.widths, **sizes)
 
 
+class Parser(argparse.ArgumentParser):
+    """With errors in one printable line."""
+
+    def error(self, message):
+        line = " ".join(message.split())
+        super().error("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)[:1000])
+
+
 def main():
     """Print what a model costs: parameters, multiply-adds, shapes."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    parser = argparse.ArgumentParser(
-        description="Print what the model costs.", allow_abbrev=False, usage=argparse.SUPPRESS
-    )
+    parser = Parser(description="Print what the model costs.", allow_abbrev=False, usage=argparse.SUPPRESS)
     add_args(parser)
     args = parser.parse_args()
     try:

@@ -123,12 +123,13 @@ def run_one(name, args):
     return result, status
 
 
-def run_all(variants, parsed):
+def run_all(variants, parsed, check_not_moved):
     """Run every variant and seed. Returns name -> results, name -> number of failures, and the signal's status or 0."""
     results, failures = {name: [] for name in variants}, dict.fromkeys(variants, 0)
     total, done, spent = sum(len(runs) for runs in parsed.values()), 0, []
     for name, runs in parsed.items():
         for args in runs:
+            check_not_moved()
             start, finished_before = time.perf_counter(), arguments.ended(Path(args.out))
             result, status = run_one(name, args)
             done += 1
@@ -267,13 +268,14 @@ def command(argv):
                 raise ValueError(f"{name}: there is nothing to rank by with --val-split 0: hold some images out")
             parsed[name].append(args)
 
-    with run_folder.locked(out):
+    with run_folder.locked(out) as check_not_moved:
         reject_another(out, variants)
-        results, failures, status = run_all(variants, parsed)
+        results, failures, status = run_all(variants, parsed, check_not_moved)
         if status:
             return status
         rows = rank(results, failures, variants)
         test_some(rows, results, failures, own.test)
+        check_not_moved()
         report(own, rest, out, rows, results)
     return 1 if any(failures.values()) else 0
 

@@ -103,6 +103,8 @@ def load(name, data_dir="data", *, img_size: int | None = None, fallback=False, 
             raise ValueError(f"{dataset.name} is damaged: it has a label out of 0..{len(dataset.classes) - 1}")
     if name in DOWNLOADS and len(dataset.train.labels) < len(dataset.test.labels):
         raise ValueError(f"{dataset.name} is damaged: its training and test files have changed places")
+    if name in DOWNLOADS and torch.equal(dataset.train.images[:100], dataset.test.images[:100]):
+        raise ValueError(f"{dataset.name} is damaged: its training and test files hold the same images")
     return dataset
 
 
@@ -257,8 +259,8 @@ def _download(name, cls, root, new):
         addresses = [" or ".join(cls.mirrors)]
         folder = root / cls.__name__ / "raw"
         files = [file for file, _ in cls.resources]
-    if sys.stderr is not None:
-        print(f"Downloading {name} ({DOWNLOADS[name][1]}) from {addresses[0]} into {root}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or None
+        sys.stderr.write(f"Downloading {name} ({DOWNLOADS[name][1]}) from {addresses[0]} into {root}\n")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)
     reasons = []

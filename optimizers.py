@@ -311,6 +311,8 @@ def parameter_groups(
         if key not in groups:
             group = {"params": [], "weight_decay": weight_decay if decays else 0.0}
             if lr is not None:
+                if not lr * multiplier < 1e38:
+                    raise ValueError(f"lr_scale makes a learning rate of {lr * multiplier:g} for {name}: lower it")
                 group["lr"] = group["initial_lr"] = lr * multiplier
             if by_muon:
                 group["use_muon"] = True

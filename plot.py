@@ -11,6 +11,7 @@ train_loss, train_acc, val_loss and val_acc.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -101,7 +102,8 @@ def with_metrics(folders):
         raise ValueError(f"{folders[0]}/metrics.csv doesn't exist: name the folders of runs")
     for folder in folders:
         if folder not in found:
-            print(f"note: {folder} is left out, it has no metrics.csv", file=sys.stderr)
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or None
+                sys.stderr.write(f"note: {folder} is left out, it has no metrics.csv\n")
     return found
 
 
@@ -236,8 +238,16 @@ def draw(runs, path, best=None):
         figure.savefig(path, dpi=150)
 
 
+class Parser(argparse.ArgumentParser):
+    """With errors in one printable line."""
+
+    def error(self, message):
+        line = " ".join(message.split())
+        super().error("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)[:1000])
+
+
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Plot loss, accuracy and learning rate of runs.", allow_abbrev=False, usage=argparse.SUPPRESS
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
@@ -245,13 +255,15 @@ def main():
         "--out", default="curves.png", metavar="FILE", help="the plot: .png, .pdf or .svg (%(default)s)"
     )
     args = parser.parse_args()
-    if not Path(args.out).suffix:
+    if len(Path(args.out).suffix) < 2:
         parser.error(f"--out {args.out} must end in .png, .pdf or .svg")
+    if os.path.exists(args.out) and not os.path.isfile(args.out):
+        parser.error(f"--out {args.out} is no file: name another one")
     try:
         runs, best = collect(with_metrics(args.runs))
         draw(runs, args.out, best)
     except (ArithmeticError, ValueError, OSError, RuntimeError) as error:  # such as matplotlib's, set to LaTeX
-        parser.error(" ".join(str(error).split())[:1000])
+        parser.error(str(error))
     except ImportError:
         parser.exit(1, "plot.py: error: there is no matplotlib: pip install matplotlib\n")
     try:
@@ -261,6 +273,8 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not be in the terminal's alphabet
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()

@@ -11,6 +11,7 @@ training; a model of grey images sees it in grey. Names and probabilities go to 
 error. Exit status 2 if a file is no image; the others are read all the same.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -83,6 +84,8 @@ def check(args):
         raise ValueError(f"--attention {args.attention} needs one image, {len(args.images)} are given")
     if mode == "attention" and not args.attention.endswith(".png"):
         raise ValueError(f"--attention {args.attention} must end in .png")
+    if mode == "attention" and Path(args.attention).exists() and not Path(args.attention).is_file():
+        raise ValueError(f"--attention {args.attention} is no file: name another one")
     if mode == "attention" and Path(args.attention).exists() and os.path.samefile(args.attention, args.images[0]):
         raise ValueError(f"--attention {args.attention} is the image itself: name another file")
     if mode == "images" and not args.images:
@@ -91,8 +94,9 @@ def check(args):
 
 
 def log(line):
-    if sys.stderr is not None:  # print would take standard output
-        print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or None
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -264,12 +268,22 @@ def print_report(args, checkpoint, model, device):
     out = Path(args.out or Path(args.checkpoint).parent / f"report-{dataset.name}")
     out.mkdir(parents=True, exist_ok=True)
     try:
-        report.draw_confusion(matrix, shown, out / "confusion.png")
-        report.draw_mistakes(images, logits, labels, shown, out / "mistakes.png")
-        report.draw_reliability(calibrations, out / "reliability.png")
+        with drawing():
+            report.draw_confusion(matrix, shown, out / "confusion.png")
+            report.draw_mistakes(images, logits, labels, shown, out / "mistakes.png")
+            report.draw_reliability(calibrations, out / "reliability.png")
         log(f"wrote confusion.png, mistakes.png and reliability.png to {out}")
     except ImportError:
         log("no plots: pip install matplotlib")
+
+
+@contextlib.contextmanager
+def drawing():
+    """What matplotlib raises in this context, set to LaTeX where there is none, is not the checkpoint's fault."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise errors.Failed(f"matplotlib can't draw the plot: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------- attention, export
@@ -290,8 +304,9 @@ def draw_attention(args, checkpoint, model, device):
     # The output is the class token's or the mean of all tokens: so is what it attends to.
     attended = {name: m[0, 1:] if model.cls_token is not None else m.mean(0) for name, m in layers.items()}
     probability, label = logits.softmax(0).max(0)
-    title = f"{checkpoint['classes'][label]}, {100 * probability:.1f} %"
-    report.draw_attention(image, attended, model.patch_size, title, args.attention)
+    title = f"{errors.one_line(checkpoint['classes'][label])}, {100 * probability:.1f} %"
+    with drawing():
+        report.draw_attention(image, attended, model.patch_size, title, args.attention)
     log(f"wrote {args.attention}")
 
 

@@ -35,6 +35,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 WARMUP_START = 0.01  # a warm-up starts at this share of its end, like LinearLR(start_factor=0.01): the lr is never 0
@@ -137,7 +138,7 @@ def check(options: dict):
         "t_max": length,
         "t_0": length,
         "t_mult": ("from 1 to 1,000,000", lambda x: 1 <= x <= 1_000_000),
-        "patience_epochs": (">= 0", lambda x: x >= 0),
+        "patience_epochs": (">= 0 and below 2^53", lambda x: 0 <= x < 2**53),
         "mode": ("max or min", lambda x: x in ("max", "min")),
     }
     for name, (rule, holds) in rules.items():
@@ -237,10 +238,16 @@ def names(text: str) -> list[str]:
     return chosen
 
 
+class Parser(argparse.ArgumentParser):
+    """With errors in one printable line."""
+
+    def error(self, message):
+        line = " ".join(message.split())
+        super().error("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)[:1000])
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description="Print or plot learning-rate schedules.", allow_abbrev=False, usage=argparse.SUPPRESS
-    )
+    parser = Parser(description="Print or plot learning-rate schedules.", allow_abbrev=False, usage=argparse.SUPPRESS)
     several = "one or more with commas, or all (cosine)"
     parser.add_argument("--sched", type=names, default=["cosine"], metavar="NAME", help=several)
     parser.add_argument("--lr", type=float, default=0.1, help="the initial learning rate (%(default)s)")
@@ -251,8 +258,10 @@ def main():
     options = {name: value for name, value in vars(args).items() if name not in ("sched", "plot")}
     if len(args.sched) > 1 and not args.plot:
         parser.error(f"--sched {','.join(args.sched)} needs --plot FILE: one CSV holds one schedule")
-    if args.plot is not None and not os.path.splitext(args.plot)[1]:
+    if args.plot is not None and len(os.path.splitext(args.plot)[1]) < 2:
         parser.error(f"--plot {args.plot} must end in .png, .pdf or .svg")
+    if args.plot is not None and os.path.exists(args.plot) and not os.path.isfile(args.plot):
+        parser.error(f"--plot {args.plot} is no file: name another one")
     if not args.epochs <= MOST_EPOCHS:
         parser.error(f"--epochs {args.epochs:g} must be at most {MOST_EPOCHS:,} to print or plot them")
     read = {"warmup_epochs", *(option for name in args.sched for option in options_of(name))}
@@ -266,19 +275,22 @@ def main():
         parser.error(f"--{name.replace('_', '-')} {rest}" if name in options else str(error))
     if args.plot:
         try:
-            return plot(multipliers, args.lr, args.epochs, args.plot)
+            plot(multipliers, args.lr, args.epochs, args.plot)
         except (ValueError, OSError, RuntimeError) as error:  # such as matplotlib's, set to LaTeX where there is none
-            parser.error(" ".join(f"--plot {args.plot} can't be written ({error})".split())[:1000])
+            parser.error(f"--plot {args.plot} can't be written ({error})")
         except ImportError:
             parser.exit(1, "schedulers.py: error: there is no matplotlib: pip install matplotlib\n")
     try:
-        print("epoch,lr")
-        for epoch in range(int(args.epochs) + 1):
-            print(f"{epoch},{args.lr * multipliers[args.sched[0]](epoch, [0.0] * epoch):.10g}")
+        if args.plot:
+            print(f"wrote {args.plot}")
+        else:
+            print("epoch,lr")
+            for epoch in range(int(args.epochs) + 1):
+                print(f"{epoch},{args.lr * multipliers[args.sched[0]](epoch, [0.0] * epoch):.10g}")
         print(end="", flush=True)  # sys.stdout may be closed, and None
     except OSError as error:  # ... | head, or > a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at the end
-        if not isinstance(error, BrokenPipeError):
+        if not (isinstance(error, BrokenPipeError) or args.plot):
             parser.error(f"standard output can't be written ({error})")
 
 
@@ -298,11 +310,14 @@ def plot(multipliers, lr, epochs, path):
         axis.plot(points, values, color="#0072B2", drawstyle="steps-post" if jumps else "default")
         axis.set(title=name, xlim=(0, epochs), ylim=(0, lr * 1.05), xlabel="epoch", ylabel="learning rate")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    print(f"wrote {path}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of learning rates near the largest number
+        figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not be in the terminal's alphabet
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()

@@ -317,3 +317,20 @@ def test_results_that_name_no_set_cost_no_table(tiny, monkeypatch):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"data": name}))
     assert compared(*flags) == 0
     assert content("c")["data"] == "True, ['pets']"
+
+
+def test_a_comparison_whose_folder_is_replaced_writes_nothing_into_the_new_one(tiny, monkeypatch, capsys):
+    real = compare.run_one
+
+    def run_one(*args):
+        done = real(*args)
+        os.rename("c", "moved")
+        Path("c").mkdir()
+        Path("c/compare.json").write_text("of somebody else")
+        return done
+
+    monkeypatch.setattr(compare, "run_one", run_one)
+    assert compared(*BASE, "--vary", "lr=0.1,0.01", "--out", "c") == 1
+    assert "moved away or replaced" in capsys.readouterr().err
+    assert [path.name for path in Path("c").iterdir()] == ["compare.json"]
+    assert Path("c/compare.json").read_text() == "of somebody else"

@@ -447,3 +447,12 @@ def test_a_slow_address_is_left_for_the_next_and_the_last_is_waited_for(tmp_path
     with pytest.raises(data.Unavailable, match="too slow; 5,000 bytes came"):
         data.load("cifar10", tmp_path)
     assert len(asked) == 2
+
+
+def test_training_files_copied_over_the_test_files_are_noticed(tmp_path):
+    write_mnist(tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    for path in raw.glob("train-*"):
+        shutil.copy(path, raw / path.name.replace("train", "t10k"))
+    with pytest.raises(ValueError, match="training and test files hold the same images"):
+        data.load("mnist", tmp_path)

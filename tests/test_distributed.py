@@ -258,3 +258,41 @@ def test_whatever_fails_in_one_process_is_handed_to_all(error):
 
     result, handed = distributed._outcome(fails)
     assert result is None and isinstance(handed, (ValueError, OSError)) and error.args[0] in str(handed)
+
+
+@pytest.mark.parametrize(
+    "name, value, wanted",
+    [
+        ("RANK", "5", "from 0 to 1"),
+        ("RANK", "-1", "from 0 to 1"),
+        ("WORLD_SIZE", "two", "from 1 to 100000"),
+        ("MASTER_PORT", "999999", "from 0 to 65535"),
+        ("LOCAL_RANK", "2", "from 0 to 1"),
+        ("TORCHELASTIC_RESTART_COUNT", "x", "from 0 to"),
+    ],
+)
+def test_an_odd_environment_is_one_line(name, value, wanted, monkeypatch):
+    known = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for key, setting in {**known, name: value}.items():
+        monkeypatch.setenv(key, setting)
+    with pytest.raises(ValueError, match=f"^{name} {value} must be {wanted}"):
+        distributed.init()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_the_others_can_be_ended(number, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = subprocess.Popen([sys.executable, HERE / "train.py"], env=env, cwd=tmp_path, stderr=subprocess.PIPE)
+    for _ in range(600):  # until it listens
+        time.sleep(0.1)
+        with socket.socket() as caller:
+            if caller.connect_ex(("127.0.0.1", port)) == 0:
+                break
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == -number and said == b""

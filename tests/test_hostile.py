@@ -34,13 +34,17 @@ from conftest import (
 from PIL import Image
 
 import augment
+import bench
+import cnn_cifar10
 import compare
 import data as datasets
 import diagnose
 import mlp_mnist
 import plot
 import predict
+import schedulers
 import train
+import vit
 from utils import arguments, checkpoints, devices, distributed, errors, run_folder
 
 
@@ -89,6 +93,8 @@ LAST = {
     "a complex tensor": change_state(lambda t: t.to(torch.complex64)),
     "a float8 tensor": change_state(lambda t: t.to(torch.float8_e4m3fn)),
     "a smaller tensor": change_state(lambda t: t.flatten()[:1]),
+    "no numbers": change_state(lambda t: t.fill_(float("nan"))),
+    "no random-number states": lambda c: c.update(rng=[]),
     "shared lists in classes": lambda c: c.update(classes=shared(7)),
     "shared lists in args": lambda c: c["args"].update(data=shared(7)),
     "deep lists": lambda c: c.update(classes=nested(400)),
@@ -610,7 +616,7 @@ def test_files_of_mnist_are_not_taken_for_fashion_mnist(tmp_path):
     raw.mkdir(parents=True)
     for part, count in (("train", 60_000), ("t10k", 10_000)):
         images = torch.zeros(count, 28, 28, dtype=torch.uint8)
-        images[:, :4] = 250  # as dark as digits
+        images[:, :4] = 250 if part == "train" else 249  # as dark as digits
         write_idx(raw / f"{part}-images-idx3-ubyte", images)
         write_idx(raw / f"{part}-labels-idx1-ubyte", (torch.arange(count) % 10).byte())
     with pytest.raises(ValueError, match="it holds the images of mnist"):
@@ -652,7 +658,10 @@ def test_letters_that_a_font_lacks_are_no_warning(tmp_path, recwarn):
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
-@pytest.mark.parametrize("command", ["train.py", "predict.py", "compare.py", "diagnose.py", "bench.py"])
+@pytest.mark.parametrize(
+    "command",
+    "train.py predict.py compare.py diagnose.py bench.py augment.py vit.py cnn_cifar10.py mlp_mnist.py".split(),
+)
 def test_ctrl_c_during_the_imports_is_no_traceback(command, tmp_path):
     """torch is replaced by a module that takes its time, so that the signal comes while it is imported."""
     (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
@@ -994,3 +1003,115 @@ def test_of_several_that_need_a_set_one_downloads_it(tmp_path, monkeypatch):
 def test_names_of_runs_that_are_no_utf_8_are_drawn(tmp_path):
     plot.draw({"run\udcff": rows([0.1, 0.2], train_acc=0.1)}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("command", ["plot", "schedulers", "augment", "attention"])
+def test_a_plot_into_a_pipe_is_one_line(command, tiny, monkeypatch, capsys):
+    os.mkfifo("pipe.pdf")
+    os.mkfifo("pipe.png")
+    Path("run").mkdir()
+    Path("run/metrics.csv").write_text(",".join(plot.COLUMNS) + "\n1,1,1,1,1,1\n")
+    argv = {
+        "plot": ["run", "--out", "pipe.pdf"],
+        "schedulers": ["--plot", "pipe.pdf"],
+        "augment": ["--show", "pipe.png", "--flip"],
+    }
+    if command == "attention":
+        flags = "--model vit --depth 1 --dim 8 --heads 1 --mlp-dim 8 --patch-size 16 --out vit"
+        assert call(*TINY, *flags.split()) == 0
+        Image.new("RGB", (32, 32)).save("a.png")
+        capsys.readouterr()
+        assert predict.main(["vit/best.pt", "a.png", "--attention", "pipe.png"]) == 2
+    else:
+        monkeypatch.setattr(sys, "argv", [f"{command}.py", *argv[command]])
+        with pytest.raises(SystemExit) as stop:
+            {"plot": plot, "schedulers": schedulers, "augment": augment}[command].main()
+        assert stop.value.code == 2
+    one_line(capsys, "pipe")
+
+
+def test_a_learning_rate_is_not_sought_for_a_plot_into_a_pipe(tiny, capsys):
+    os.mkfifo("pipe.png")
+    assert diagnose.main([*TINY_MLP, "--find-lr", "pipe.png"]) == 2
+    one_line(capsys, "--find-lr pipe.png")
+
+
+def test_a_plot_ends_in_a_name_of_a_format(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["schedulers.py", "--plot", "x."])
+    with pytest.raises(SystemExit):
+        schedulers.main()
+    one_line(capsys, "must end in")
+
+
+FILES_ALONE = {
+    "augment.py": ["--flip", "--show"],
+    "schedulers.py": ["--plot"],
+    "plot.py": ["run", "--out"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", FILES_ALONE)
+def test_the_last_line_of_a_plot_needs_no_terminal(command, tmp_path):
+    """Neither its alphabet nor a disk that isn't full: the plot is there."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text(",".join(plot.COLUMNS) + "\n1,1,1,1,1,1\n")
+    words = [sys.executable, HERE / command, *FILES_ALONE[command], "caf\xe9.png"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "text": True}
+    ascii_only = subprocess.run(words, stdout=subprocess.PIPE, env=env | {"PYTHONIOENCODING": "ascii"}, **options)
+    assert (ascii_only.returncode, ascii_only.stdout, ascii_only.stderr) == (0, "wrote caf\\xe9.png\n", "")
+    for more in ({}, {"PYTHONUNBUFFERED": "1"}):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(words, stdout=full, env=env | more, **options)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_note_on_a_full_disk_costs_nothing(tiny):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    Image.new("RGB", (40, 32)).save("wide.png")
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, HERE / "predict.py", "run/best.pt", "wide.png"]
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("wide.png: ")
+
+
+@pytest.mark.parametrize("module", [vit, cnn_cifar10, mlp_mnist, schedulers, plot, augment])
+def test_files_alone_reject_in_one_printable_line(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--odd\x1b[31m\n" + 5000 * "x"])
+    with pytest.raises(SystemExit):
+        module.main()
+    one_line(capsys)
+
+
+def test_pillow_warns_of_no_image_that_is_shown(tiny, recwarn):
+    image = Image.new("P", (32, 32))
+    image.putpalette([i % 256 for i in range(768)])
+    image.save("palette.png", transparency=bytes(range(256)))
+    monkeypatched = ["augment.py", "palette.png", "--flip", "--show", "a.png"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", monkeypatched)
+        augment.main()
+    assert not recwarn.list and Path("a.png").exists()
+
+
+def test_a_benchmark_looks_where_it_writes_before_it_measures(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure", None)
+    os.mkfifo("pipe.json")
+    Path("b.json.tmp").mkdir()
+    for out in ("pipe.json", "b.json", "nowhere/b.json", "."):
+        assert bench.main(["--out", out]) == 2
+        one_line(capsys, "--out", out)
+
+
+def test_a_plot_that_fails_is_not_the_checkpoints_fault(tiny, monkeypatch, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+
+    def draw(*args):
+        raise RuntimeError("latex could not be found")
+
+    monkeypatch.setattr(predict.report, "draw_confusion", draw)
+    capsys.readouterr()
+    assert predict.main(["run/best.pt", "--report", "shapes"]) == 1
+    one_line(capsys, "latex could not be found")

@@ -76,14 +76,19 @@ def save(content: dict, path):
     write(buffer.getbuffer(), path)
 
 
-def write(content: bytes, path):
-    """Write a file so that `path` always holds a whole one, the old or the new. Raises OSError."""
-    temporary = f"{path}.tmp"
-    for name in (path, temporary):  # a device must not be replaced, and writing into a pipe would wait for ever
+def check_writable(path):
+    """Raise OSError if write() can't write there."""
+    for name in (path, f"{path}.tmp"):  # a device must not be replaced, and writing into a pipe would wait for ever
         if os.path.exists(name) and not os.path.isfile(name):
             raise OSError(f"{name} is in the way: remove it")
-    if os.path.islink(temporary):  # whoever made it didn't mean that file to be overwritten
-        raise OSError(f"{temporary} is a link: remove it")
+    if os.path.islink(f"{path}.tmp"):  # whoever made it didn't mean that file to be overwritten
+        raise OSError(f"{path}.tmp is a link: remove it")
+
+
+def write(content: bytes, path):
+    """Write a file so that `path` always holds a whole one, the old or the new. Raises OSError."""
+    check_writable(path)
+    temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -306,6 +311,8 @@ def _validate_progress(content, damaged):
         raise damaged("its optimizer's state is no dict for each parameter")
     if content["ema"] and not (isinstance(content["ema"].get("updates"), int) and content["ema"]["updates"] >= 0):
         raise damaged("its ema has no number of updates")
+    if not content["rng"]:
+        raise damaged("it holds no random-number states")
     for state in content["rng"]:
         if not isinstance(state, dict) or not isinstance(state.get("cpu"), torch.Tensor) or "cuda" not in state:
             raise damaged("it holds no random-number states")
@@ -332,6 +339,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
             wanted = () if name in SCALARS else parameter.shape
             if isinstance(value, torch.Tensor) and value.shape != wanted:
                 raise ValueError(f"the optimizer's {name} is {tuple(value.shape)}, expected {tuple(wanted)}")
+            if isinstance(value, torch.Tensor) and value.isnan().any():
+                raise ValueError(f"the optimizer's {name} has values that are not numbers")
             if isinstance(value, torch.Tensor) and name not in SCALARS:
                 value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
             states.setdefault(i, {})[name] = value

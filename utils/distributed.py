@@ -7,6 +7,7 @@ is a group of its own, and everything here costs nothing. Needs torch alone.
 import contextlib
 import gc
 import os
+import signal
 import sys
 import threading
 import time
@@ -23,28 +24,58 @@ TIME_LIMIT = timedelta(minutes=10)  # of waiting for the other processes
 def init():
     """Form the group with the other processes that torchrun started. Only rank 0 prints from here on.
 
-    RANK and WORLD_SIZE in the environment tell that there is one. Raises ValueError if the rest of it isn't there.
+    RANK and WORLD_SIZE in the environment tell that there is one. Raises ValueError if the rest of it doesn't fit.
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise ValueError(f"RANK and WORLD_SIZE are set, {name} isn't: start with torchrun, or unset them")
+    size = number_in_environment("WORLD_SIZE", 1, 100_000)
+    number_in_environment("RANK", 0, size - 1)
+    number_in_environment("MASTER_PORT", 0, 65535)
+    number_in_environment("LOCAL_WORLD_SIZE", 1, size)
+    number_in_environment("LOCAL_RANK", 0, size - 1)
+    restarts = number_in_environment("TORCHELASTIC_RESTART_COUNT", 0, 2**31)
     backend = "gloo"
     if torch.cuda.is_available() and dist.is_nccl_available():
         backend = "cpu:gloo,cuda:nccl"
     try:
-        store, own_rank, size = next(dist.rendezvous("env://", timeout=TIME_LIMIT))
-        store = dist.PrefixStore(_agree(store, own_rank, size), store)
-        dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=TIME_LIMIT)
+        with ended_by_signals():
+            store, own_rank, size = next(dist.rendezvous("env://", timeout=TIME_LIMIT))
+            store = dist.PrefixStore(_agree(store, own_rank, size), store)
+            dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=TIME_LIMIT)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"the processes of WORLD_SIZE {os.environ['WORLD_SIZE']} don't find each other: {error}"
         ) from None
     # torchrun counts failures by machine: one that only saw the group break has a lower count.
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(all_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(all_max(restarts))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
+
+
+def number_in_environment(name: str, lowest: int, highest: int) -> int:
+    """The value of a variable of torchrun's, `lowest` if it isn't set. Raises ValueError if it's out of range."""
+    text = os.environ.get(name, str(lowest))
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and lowest <= int(text) <= highest):
+        raise ValueError(f"{name} {text} must be from {lowest} to {highest}: start with torchrun, or unset RANK")
+    return int(text)
+
+
+@contextlib.contextmanager
+def ended_by_signals():
+    """Let signals end the process at once: a handler in Python wouldn't be called while C++ waits for the others."""
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                old[number] = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _agree(store, own_rank, size):

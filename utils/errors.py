@@ -117,11 +117,13 @@ def complain_once(program, said):
 
 def flush_output():
     """Write what is left to be written; else Python does it at the end, and prints its own words where it can't."""
-    if sys.stdout is not None:
-        try:
-            sys.stdout.flush()
-        except (OSError, ValueError):
-            sys.stdout = open(os.devnull, "w")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None:
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                setattr(sys, name, open(os.devnull, "w"))
 
 
 def unforeseen(error: Exception) -> str:

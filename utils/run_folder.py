@@ -39,11 +39,7 @@ class RunFolder:
 
     def check_not_moved(self):
         """Raise OSError if the folder was moved away or replaced."""
-        try:
-            moved = self.held is not None and not os.path.samestat(os.fstat(self.held), os.stat(self.path))
-        except FileNotFoundError:
-            moved = True
-        if moved:
+        if self.held is not None and was_moved(self.path, self.held):
             raise OSError(f"the run's folder {self.path} was moved away or replaced: the run stops")
 
     def log(self, line: str):
@@ -202,16 +198,32 @@ def holds_run(path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path):
-    """Create a folder of runs, and hold its lock. Raises ValueError if another process has it."""
+    """Create a folder of runs, and hold its lock. Raises ValueError if another process has it.
+
+    Yields a function that raises Failed if the folder was moved away or replaced since.
+    """
     path.mkdir(parents=True, exist_ok=True)
     held = os.open(path, os.O_RDONLY) if os.name == "posix" else None
+
+    def check_not_moved():
+        if held is not None and was_moved(path, held):
+            raise errors.Failed(f"--out {path} was moved away or replaced: nothing more is written")
+
     try:
         if held is not None and not lock(held):
             raise ValueError(f"--out {path} is being written by a command that is alive: name another folder")
-        yield
+        yield check_not_moved
     finally:
         if held is not None:
             os.close(held)
+
+
+def was_moved(path: Path, folder: int) -> bool:
+    """Is the path no longer that of an open folder?"""
+    try:
+        return not os.path.samestat(os.fstat(folder), os.stat(path))
+    except FileNotFoundError:
+        return True
 
 
 def lock(folder: int) -> bool:
