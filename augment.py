@@ -35,13 +35,13 @@ GPU_CHUNK = 2**25  # pixel values: a GPU waits for launches, so its chunks are l
 
 
 def seeded(*key, device="cpu") -> Generator:
-    """Make a random generator that depends on the key alone, such as (seed, epoch)."""
+    """Make a generator from a key such as (seed, epoch): hashed, so that similar keys give unrelated numbers."""
     return Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
 def to_device(tensor: Tensor, device) -> Tensor:
-    """Copy a tensor to a device. Only CUDA isn't waited for: a copy to the host would be read too early, and MPS may
-    read a source that has gone (https://github.com/pytorch/pytorch/issues/189690).
+    """Copy a tensor to a device, asynchronously to CUDA alone: a copy to the host would be read too early, and MPS may
+    read a source that has been freed (https://github.com/pytorch/pytorch/issues/189690).
     """
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
@@ -69,9 +69,9 @@ def batches(
     another size, see `bounds`. Raises ValueError for another `augment`, for mixing without num_classes, and for images
     of another type, too small or, if "strong", not square.
 
-    `first` batches are left out, and of the others every `every`-th is taken. Of each batch, augmented as a whole, the
-    process `rank` of `world_size` gets its share: an empty one where the batch has fewer images than there are
-    processes, which least=world_size prevents unless batch_size or n is smaller than that.
+    The first `first` batches are skipped, then every `every`-th is taken. Each batch is augmented whole, and process
+    `rank` of `world_size` gets its slice, which is empty if the batch has fewer images than there are processes:
+    least=world_size prevents that unless batch_size or n is smaller.
     """
     if augment not in ("none", "strong"):
         raise ValueError(f"augment {augment} must be none or strong")
@@ -89,7 +89,7 @@ def batches(
         per_chunk = max(1, (GPU_CHUNK // all_images[0].numel() if on_gpu else CHUNK) // batch_size)
         order = torch.randperm(n, generator=seeded(*key))
         flips = alternating_flip(n, *key).to(device) if flip else None
-    order = order.to(all_images.device)  # the host where the set is too large for the device: don't wait for its copies
+    order = order.to(all_images.device)  # the host, if the set is too large for the device
     mean = 255 * torch.tensor(mean, device=device)[:, None, None]
     std = 255 * torch.tensor(std, device=device)[:, None, None]
 
@@ -155,7 +155,7 @@ def distort(images: Tensor, max_shift: int, flipped: Tensor | None, generator: G
     """Rotate, shear, scale and translate every image by random amounts, and flip some: one interpolation for all.
 
     uint8 (b, channels, size, size) -> float32, 0..255. `max_shift` is in pixels, `flipped` as in crop_and_flip. Images
-    of one channel, such as digits, get elastic jitter besides, those of three another brightness, contrast and
+    of one channel, such as digits, also get elastic jitter; those of three get random brightness, contrast and
     saturation.
     """
     b, channels, height, size = images.shape
@@ -175,8 +175,9 @@ def distort(images: Tensor, max_shift: int, flipped: Tensor | None, generator: G
     y = uniform(2 * max_shift / size)
     matrix = torch.stack([cos * sign, cos * shear - sin, x, sin * sign, sin * shear + cos, y], 1).view(b, 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    if channels == 1:  # displace 4x4 points by 1.2 pixels, and those between them smoothly
+    if channels == 1:  # elastic: displace 4x4 points at random (sd 1.2 pixels), and interpolate between them
         coarse = 1.2 * 2 / size * torch.randn(b, 2, 4, 4, generator=generator, device=images.device)
+        # Interpolating the identity gives the matrix of bicubic interpolation, (size, 4).
         spread = F.interpolate(torch.eye(4, device=images.device)[None, None], (size, 4), mode="bicubic")[0, 0]
         grid = grid + (spread @ coarse @ spread.T).permute(0, 2, 3, 1)
     padding = "reflection" if channels == 3 else "border"  # reflected strokes would make other digits
@@ -232,7 +233,7 @@ def mix(images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: 
     """
     cut = cutmix and (not mixup or torch.rand((), generator=generator) < 0.5)
     alpha = torch.full((2, len(images)), cutmix if cut else mixup, dtype=torch.float64)
-    gammas = torch._standard_gamma(alpha, generator)  # of which Beta is a ratio; torch's Beta takes no generator
+    gammas = torch._standard_gamma(alpha, generator)  # Beta(a, a) is g0 / (g0 + g1); torch's Beta takes no generator
     weight = (gammas[0] / gammas.sum(0)).float()
     if cut:
         other = rectangles(images, 1 - weight, torch.ones(len(weight)), generator)
@@ -245,7 +246,7 @@ def mix(images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: 
 
 
 def tta_views(images: Tensor, *, flip: bool, shift: int = 1) -> list[Tensor]:
-    """Return the batch as it is, and shifted by `shift` pixels either way along the diagonal; with flip mirrored too.
+    """Return the batch as it is, and translated by `shift` pixels either way along the diagonal; with flip, flipped.
 
     Uses reflect padding, so shift must be smaller than the image.
     """
@@ -325,7 +326,7 @@ def show(images: Tensor, path, **options) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """With errors in one printable line."""
+    """An ArgumentParser whose errors are one printable line."""
 
     def error(self, message):
         line = " ".join(message.split())
@@ -338,15 +339,18 @@ def main():
     parser.add_argument("--show", required=True, metavar="FILE", help="where to write the plot")
     add_args(parser)
     args = parser.parse_args()
-    if os.path.exists(args.show) and not os.path.isfile(args.show):
-        parser.error(f"--show {args.show} is no file: name another one")
-    if os.path.exists(args.show) and any(os.path.exists(x) and os.path.samefile(x, args.show) for x in args.images):
-        parser.error(f"--show {args.show} is an image to be shown: name another file for the plot")
+    if os.path.exists(args.show):
+        if not os.path.isfile(args.show):
+            parser.error(f"--show {args.show} is no file: name another one")
+        if any(os.path.exists(path) and os.path.samefile(path, args.show) for path in args.images):
+            parser.error(f"--show {args.show} is an image to be shown: name another file for the plot")
     options = {"augment": args.augment} if args.augment != "none" else {}
     for name in ("crop_pad", "flip", "reprob", "mixup", "cutmix"):
         value = getattr(args, name)
         if not 0 <= value <= (1 if name == "reprob" else 1000):
             parser.error(f"--{name.replace('_', '-')} {value} must be from 0 to {1 if name == 'reprob' else '1,000'}")
+        if name in ("mixup", "cutmix") and 0 < value < 0.01:
+            parser.error(f"--{name} {value} must be 0, or from 0.01 to 1,000")
         if value:
             options["erase" if name == "reprob" else name] = value
     try:

@@ -95,7 +95,7 @@ def baseline(run, workers):
 
 
 def ours(run, cached):
-    """(b), and with `cached` (c)."""
+    """(b), and with `cached` (c): likewise."""
     run = build.trial(run)
     run.model.train()
     take_step = graphs.recorded(train.train_step, run, print)
@@ -239,7 +239,7 @@ def command(argv):
         raise ValueError(f"--until {args.until} must be above 0 and below 1: it is an accuracy")
     if args.out:  # now, rather than after minutes of measuring
         try:
-            checkpoints.check_writable(args.out)
+            checkpoints.check_not_in_the_way(args.out)
             tempfile.TemporaryFile(dir=Path(args.out).parent).close()
         except OSError as error:
             raise ValueError(f"--out {args.out} can't be written ({error}): name another file") from None

@@ -163,19 +163,13 @@ def build(args, *, image_size: int, channels: int, num_classes: int) -> CNN:
     return CNN(arch=args.arch, widths=args.widths, **sizes)
 
 
-class Parser(argparse.ArgumentParser):
-    """With errors in one printable line."""
-
-    def error(self, message):
-        line = " ".join(message.split())
-        super().error("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)[:1000])
-
-
 def main():
     """Print what a model costs: parameters, multiply-adds, shapes."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    parser = Parser(description="Print what the model costs.", allow_abbrev=False, usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description="Print what the model costs.", allow_abbrev=False, usage=argparse.SUPPRESS
+    )
     add_args(parser)
     args = parser.parse_args()
     try:

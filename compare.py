@@ -9,7 +9,7 @@ seed is an ordinary run in a folder under --out. The same command again goes on 
 run again, what was interrupted is resumed. A run that fails is reported, and the others go on.
 
 It ends with a table, compare.json, compare.md and compare.png. The test set stays closed for all but the winner, unless
---test all opens it for every variant: whoever picks the best of many by their test accuracy reports too good a number.
+--test all opens it for every variant: the best of many test accuracies is too good a number.
 """
 
 import contextlib
@@ -125,12 +125,15 @@ def run_one(name, args):
 
 def run_all(variants, parsed, check_not_moved):
     """Run every variant and seed. Returns name -> results, name -> number of failures, and the signal's status or 0."""
-    results, failures = {name: [] for name in variants}, dict.fromkeys(variants, 0)
-    total, done, spent = sum(len(runs) for runs in parsed.values()), 0, []
+    results = {name: [] for name in variants}
+    failures = dict.fromkeys(variants, 0)
+    total = sum(len(runs) for runs in parsed.values())
+    done, spent = 0, []
     for name, runs in parsed.items():
         for args in runs:
             check_not_moved()
-            start, finished_before = time.perf_counter(), arguments.ended(Path(args.out))
+            start = time.perf_counter()
+            finished_before = arguments.ended(Path(args.out))
             result, status = run_one(name, args)
             done += 1
             if status > 128:
@@ -184,7 +187,7 @@ def rank(results, failures, variants):
 
 
 def reject_another(out, variants):
-    """Raise ValueError if a folder holds the table of a comparison of which something would be lost."""
+    """Raise ValueError if a folder holds another comparison, or other files, that would be overwritten."""
     files = [out / name for name in ("compare.json", "compare.md", "compare.png")]  # in the order of writing
     there = [path for path in files if os.path.lexists(path)]
     if not there:

@@ -155,6 +155,7 @@ def _stratified(labels, count, seed):
     """Choose `count` of the labels at random, each class in its proportion to within one: a bool mask (n,)."""
     n = len(labels)
     labels = labels.cpu()
+    # The key is hashed, so that other generators with the same seed give unrelated numbers.
     generator = torch.Generator().manual_seed(random.Random(repr((seed, "pick"))).getrandbits(63))
     shuffled = torch.randperm(n, generator=generator)
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
@@ -198,23 +199,23 @@ def _open_or_download(name, cls, root, read_only):
 
     try:
         return both()
-    except RuntimeError as error:  # torchvision's word for files that aren't there, or have a wrong checksum
+    except RuntimeError as error:  # torchvision's error for missing files and wrong checksums
         if "not found" not in str(error):
             raise
     if read_only:
         raise Unavailable(f"{name} is not in {root}, where nothing is downloaded: give data_dir to download it there")
     new = [folder for folder in (root, *root.parents) if not folder.exists()]
-    with _alone(root):
+    with _locked(root):
         try:
-            return both()  # another process has downloaded it meanwhile
+            return both()  # another process may have downloaded it meanwhile
         except RuntimeError:
             _download(name, cls, root, new)
         return both()
 
 
 @contextlib.contextmanager
-def _alone(root):
-    """Let one process at a time in here, where the system has such locks."""
+def _locked(root):
+    """Hold a lock on the folder `root`, which is made; without one where the system has no such locks."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         import fcntl
@@ -313,10 +314,10 @@ def _fetch(address, path, md5, patient):
 def _from_folder(folder, data_dir, img_size, read_only):
     """Decode a folder once and keep the pixels in data_dir/cache; see load. The folder itself is only read.
 
-    The cache of a folder that has changed since has another name, and is left where it is.
+    If the folder changes, its new cache gets another name, and the old one stays.
     """
     classes = sorted(entry.name for entry in _entries(folder / "train") if entry.is_dir())
-    if len(classes) == 1:  # a folder too many, most likely
+    if len(classes) == 1:  # most likely there is one level of folders too many
         raise ValueError(f"{folder / 'train'} holds one class, {classes[0]}: expected a folder for each of several")
     others = []
     train_paths, train_labels = _images_by_class(folder / "train", classes, others)
@@ -411,7 +412,7 @@ def _fingerprint(folder, paths, img_size):
     digest = hashlib.sha256(f"{CACHE_VERSION} {img_size}".encode())
     for path in paths:
         info = os.stat(path)
-        # Files that change places keep size and time of modification; inode and time of status change tell.
+        # Files that swap names keep size and mtime; inode and ctime differ.
         state = f" {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}\n"
         digest.update(os.fsencode(os.path.relpath(path, folder)) + state.encode())
     return digest.hexdigest()
@@ -505,7 +506,7 @@ def progress_bar(iterable, **kwargs):
 
 # ---------------------------------------------------------------------------------------------- the embedded set
 
-# Each shape as a test on the coordinates u, v of points around its centre, turned with it, and on its radius r.
+# Is a point in a shape of radius r? u and v are its coordinates around the shape's centre, rotated with it.
 SHAPES = {
     "disk": lambda u, v, r: u * u + v * v <= (7 * r // 8) ** 2,
     "ring": lambda u, v, r: (u * u + v * v <= r * r) & (u * u + v * v >= (5 * r // 8) ** 2),
@@ -541,38 +542,38 @@ def _draw(labels, generator):
     Whole numbers only, so that no machine rounds differently. Drawn at twice the size and averaged.
     """
 
-    def draw(low, high, *shape):
+    def randint(low, high, *shape):
         return torch.randint(low, high + 1, (len(labels), *shape), generator=generator, dtype=torch.int32)
 
     def distance(axis, low, high):
-        """From a random place on the axis."""
-        return axis - draw(low, high, 1, 1)
+        """Signed distance of each pixel from a place drawn at random for each image."""
+        return axis - randint(low, high, 1, 1)
 
     size = 32
     axis = torch.arange(2 * size, dtype=torch.int32)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    background = draw(0, 155, 3, 1, 1)
+    background = randint(0, 155, 3, 1, 1)
     images = background.expand(-1, -1, 2 * size, 2 * size)
     for _ in range(3):
-        columns = distance(x, 0, 2 * size).abs() < draw(1, 8, 1, 1)
-        rows = distance(y, 0, 2 * size).abs() < draw(1, 8, 1, 1)
-        images = torch.where((columns & rows)[:, None], background + draw(-60, 60, 3, 1, 1), images)
+        columns = distance(x, 0, 2 * size).abs() < randint(1, 8, 1, 1)
+        rows = distance(y, 0, 2 * size).abs() < randint(1, 8, 1, 1)
+        images = torch.where((columns & rows)[:, None], background + randint(-60, 60, 3, 1, 1), images)
 
     dx = distance(x, size - 10, size + 10)
     dy = distance(y, size - 10, size + 10)
-    radius = 16 * draw(14, 24, 1, 1)  # in 1/16 of a drawn pixel, as u and v
+    radius = 16 * randint(14, 24, 1, 1)  # in 1/16 of a drawn pixel, as u and v
     angles = [math.radians(degree) for degree in range(-30, 31)]
-    angle = draw(0, len(angles) - 1).long()
+    angle = randint(0, len(angles) - 1).long()
     cos = torch.tensor([round(1024 * math.cos(a)) for a in angles], dtype=torch.int32)[angle][:, None, None]
     sin = torch.tensor([round(1024 * math.sin(a)) for a in angles], dtype=torch.int32)[angle][:, None, None]
     u = (dx * cos + dy * sin) // 64
     v = (dy * cos - dx * sin) // 64
     tests = list(SHAPES.values())
     inside = torch.stack([tests[label](u[i], v[i], radius[i]) for i, label in enumerate(labels)])
-    images = torch.where(inside[:, None], background + draw(50, 99, 3, 1, 1), images)
+    images = torch.where(inside[:, None], background + randint(50, 99, 3, 1, 1), images)
 
     images = images.reshape(-1, 3, size, 2, size, 2).sum((3, 5), dtype=torch.int32) // 4
-    return (images + draw(-16, 16, 3, size, size)).clamp(0, 255).to(torch.uint8)
+    return (images + randint(-16, 16, 3, size, size)).clamp(0, 255).to(torch.uint8)
 
 
 def channels(text: str) -> tuple[float, ...]:

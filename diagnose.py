@@ -1,4 +1,4 @@
-"""Check a set-up in about ten seconds before a long run, or find a learning rate for it.
+"""Check a setup in about ten seconds before a long run, or find a learning rate for it.
 
     python diagnose.py --model vit --opt adamw --sched cosine
     python diagnose.py --model cnn --find-lr lr.png
@@ -35,7 +35,7 @@ def parse_args(argv=None):
     """train.py's arguments, and the plot's path, or None without --find-lr."""
     parser = arguments.Parser(
         "diagnose.py",
-        description="Check a set-up before a long run, or find a learning rate for it.",
+        description="Check a setup before a long run, or find a learning rate for it.",
         epilog="Every other flag is one of train.py: python train.py --model NAME --help.",
     )
     text = "raise the learning rate until the loss diverges, suggest one, and plot it all into FILE (%(const)s)"
@@ -125,13 +125,15 @@ def overlap(checked):
 
 
 def labels(checked):
-    """A linear fit of coarse pixels, each image predicted by a fit to all the others, beats one to shuffled labels."""
+    """A linear fit to coarse pixels beats one to shuffled labels; each image is predicted by a fit to all others."""
     run = checked.run
     size = evaluation.batch_size(run.train_set.images.shape[1:])
     count = math.ceil(min(5000, len(run.train_set.labels)) / size)
     coarse, answers = [], []
     for images, some in itertools.islice(plain_batches(run, size), count):
-        coarse.append(F.adaptive_avg_pool2d(images.cpu(), min(16, images.shape[-1])))  # MPS can't pool 28 pixels to 16
+        if images.device.type == "mps":  # which can't pool 28 pixels to 16
+            images = images.cpu()
+        coarse.append(F.adaptive_avg_pool2d(images, min(16, images.shape[-1])).cpu())
         answers.append(some.cpu())
     answers = torch.cat(answers)
     n, classes = len(answers), len(run.dataset.classes)
@@ -142,6 +144,7 @@ def labels(checked):
     gram = x.T @ x
     gram += 0.1 * gram.diagonal().mean() * torch.eye(len(gram))  # ridge regression
     solved = torch.linalg.solve(gram, x.T).T
+    # Leave-one-out predictions in closed form, without fitting n times.
     leverage = (x * solved).sum(1, keepdim=True)  # by how much a prediction follows its own label
     left_out = (solved @ (x.T @ y) - leverage * y) / (1 - leverage)
     real, chance = (left_out.view(n, 2, classes).argmax(2) == wanted).float().mean(0).tolist()
@@ -202,7 +205,7 @@ def gradients(checked):
 
 
 def batch_independence(checked):
-    """A prediction doesn't depend on the images beside it."""
+    """A prediction doesn't depend on the other images of the batch."""
     images, _ = next(plain_batches(checked.run, 16))
     with torch.inference_mode():
         together = checked.trained.eval()(images)

@@ -49,8 +49,8 @@ def mse(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.T
 def l1(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
     """Absolute difference of logit and target, mean over classes, as nn.L1Loss.
 
-    Its best guess is the median of the targets, 0 for a class that an image has with less than even odds: where the
-    classes overlap, a model learns less by it than by mse.
+    It is least at the median of the targets, which is 0 for a class with a probability below 1/2: where classes
+    overlap, a model learns less from it than from mse.
     """
     return F.l1_loss(logits, targets(labels, logits.shape[1], smoothing))
 
@@ -58,8 +58,8 @@ def l1(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Te
 def euclidean(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
     """Distance of the logits from the target as points, the root of the sum of squares.
 
-    It is 1 for logits of 0 and a target that is a class. Its gradient by an image's logits has length 1 however near
-    they are: the learning rate has to fall for them to settle.
+    It is 1 for zero logits and a one-hot target. Its gradient by an image's logits has length 1 at any distance: they
+    settle only if the learning rate falls.
     """
     return torch.linalg.vector_norm(logits - targets(labels, logits.shape[1], smoothing), dim=1).mean()
 

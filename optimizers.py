@@ -26,9 +26,10 @@ def sgd(groups, *, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
     """The weight decay is coupled: added to the gradient."""
     options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
     optimizer = torch.optim.SGD(groups, lr, fused=True, **options)
-    for group in optimizer.param_groups if momentum else ():
-        # torch leaves the buffers uninitialised if a GradScaler skips the first step. So move the model before this.
-        for p in group["params"]:
+    if momentum:
+        # torch leaves the buffers uninitialised if a GradScaler skips the first step. These are on the parameters'
+        # device: move the model before.
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
@@ -82,7 +83,7 @@ def lbfgs(groups, *, lr):
 class Muon(torch.optim.Optimizer):
     """Muon, orthogonalised momentum (https://kellerjordan.github.io/posts/muon/), with decoupled weight decay.
 
-    It works on the groups with use_muon=True; an AdamW of its own looks after the others. A filter is a matrix with a
+    It works on the groups with use_muon=True; an inner AdamW handles the others. A filter is a matrix with a
     row per output. The multiplier 0.2 * sqrt(longer side) makes the numbers of an update as large as AdamW's, so that
     both take the same learning rate (arXiv:2502.16982). On a GPU all matrices are padded to the size of the largest,
     which suits nets whose matrices are small or alike. Raises ValueError if no group has use_muon.
@@ -93,15 +94,15 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         if not any(group["use_muon"] for group in self.param_groups):
             raise ValueError("opt muon needs a matrix of a hidden layer, in a group with use_muon=True: try adamw")
-        self.connect()
+        self.connect_adamw()
 
-    def connect(self):
-        """Let the AdamW work on the groups that aren't Muon's, and keep its state where state_dict() finds it."""
+    def connect_adamw(self):
+        """Build the inner AdamW for the other groups. It shares their dicts and the state: state_dict() covers it."""
         others = [group for group in self.param_groups if not group["use_muon"]]
         self.adamw = None
         if others:
             self.adamw = torch.optim.AdamW([p for group in others for p in group["params"]], fused=True)
-            for name, value in self.adamw.defaults.items():
+            for name, value in self.adamw.defaults.items():  # it reads options such as eps from the groups
                 for group in others:
                     group.setdefault(name, value)
             self.adamw.param_groups = others  # the same dicts: it sees every change of the learning rate
@@ -109,12 +110,12 @@ class Muon(torch.optim.Optimizer):
 
     def __setstate__(self, state):  # after load_state_dict, a copy or unpickling the groups are other dicts
         super().__setstate__(state)
-        self.connect()
+        self.connect_adamw()
 
     def add_param_group(self, group):
         super().add_param_group(group)
         if hasattr(self, "adamw"):  # not while the constructor adds the first ones
-            self.connect()
+            self.connect_adamw()
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -141,10 +142,10 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p].get("momentum_buffer")
                 if momentum is None:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                elif momentum.stride() != p.stride():  # the parameter has got another memory format since
+                elif momentum.stride() != p.stride():  # the parameter's memory format has changed
                     self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum)
-                alike = "all" if p.is_cuda else (len(p), p[0].numel())
-                batches.setdefault(alike, []).append(p)
+                batch_key = "all" if p.is_cuda else (len(p), p[0].numel())
+                batches.setdefault(batch_key, []).append(p)
         for params in batches.values():
             grads = [p.grad for p in params]
             momenta = [self.state[p]["momentum_buffer"] for p in params]
@@ -164,7 +165,7 @@ class Muon(torch.optim.Optimizer):
 def as_wide_matrix(x: torch.Tensor) -> torch.Tensor:
     """A view of a matrix, or of a filter as one with a row per output, transposed if it's higher than wide.
 
-    The columns are in the order of the memory, which orthogonal() doesn't mind, so that nothing is copied.
+    The columns stay in memory order, so nothing is copied: orthogonal() doesn't depend on their order.
     """
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
@@ -177,16 +178,17 @@ def corners(batch: torch.Tensor, matrices: list[torch.Tensor]) -> list[torch.Ten
     return [padded[: len(x), : x.shape[1]] for padded, x in zip(batch, matrices, strict=True)]
 
 
-@functools.cache  # made anew in each step, they would be copied to the GPU in each step
+@functools.cache  # else each step would copy them to the GPU
 def update_multipliers(longer_sides: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([0.2 * n**0.5 for n in longer_sides], device=device)[:, None, None]
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """(k, rows, columns), wide -> the same with singular values of about 1, by Newton-Schulz iterations in bf16."""
-    slow = matrices.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()  # slow in bf16
-    x = matrices.to(torch.float32 if slow else torch.bfloat16)
+    bf16_is_slow = matrices.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    x = matrices.to(torch.float32 if bf16_is_slow else torch.bfloat16)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    # Five times x <- 3.4445 x - 4.7750 S x + 2.0315 S S x, where S = x x^T: Keller Jordan's coefficients.
     for _ in range(5):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
@@ -264,8 +266,8 @@ def layers(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-def lies_in(name: str, prefix: str) -> bool:
-    """blocks.1.norm.bias lies in blocks.1 and in blocks, and not in blocks.1.n. It is one of *.norm.bias, too."""
+def has_prefix(name: str, prefix: str) -> bool:
+    """Does a name begin with whole parts? blocks.1.norm.bias: with blocks.1 and *.norm.bias, not with blocks.1.n."""
     return fnmatch.fnmatchcase(f"{name}.", f"{prefix}.*")
 
 
@@ -301,11 +303,12 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        # Matrices that the model spares, such as positions, are treated as biases are.
         is_matrix = parameter.ndim >= 2 and name not in spared
         decays = decay_all or is_matrix
         is_hidden = is_matrix and 0 < layer_of[name] < top
         multiplier = layer_decay ** (top - layer_of[name])
-        multiplier *= math.prod(own for prefix, own in lr_scale if lies_in(name, prefix))
+        multiplier *= math.prod(own for prefix, own in lr_scale if has_prefix(name, prefix))
         by_muon = use_muon and is_hidden
         key = (decays, multiplier, by_muon)
         if key not in groups:
@@ -333,7 +336,7 @@ def check_options(layer_of, lr, weight_decay, layer_decay, lr_scale):
     for prefix, multiplier in lr_scale:
         if not 0 < multiplier < math.inf:
             raise ValueError(f"lr_scale {prefix}={multiplier} must be a finite number above 0")
-        if not any(lies_in(name, prefix) for name in layer_of):
-            known = dict.fromkeys(part for name in layer_of for part in accumulate(name.split("."), "{}.{}".format))
+        if not any(has_prefix(name, prefix) for name in layer_of):
+            known = dict.fromkeys(prefix for name in layer_of for prefix in accumulate(name.split("."), "{}.{}".format))
             near = difflib.get_close_matches(prefix, known) or [name for name in known if "." not in name]
             raise ValueError(f"lr_scale {prefix}: no parameter has that prefix; there are {', '.join(near)}")

@@ -26,12 +26,12 @@ from pathlib import Path
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc")
 STYLES = {"train": ("--", "training"), "val": ("-", "validation")}
-# Arguments that don't change a run's results, and the seed, which only shakes them.
-NAMELESS = {
+# Arguments left out of the names of curves: they don't change the results, or only by chance (seed).
+NOT_IN_NAMES = {
     "out", "data_dir", "device", "log_interval", "save_every", "resume", "eval", "tensorboard", "seed", "runs",
     "no_test", "compile", "cuda_graph",
 }  # fmt: skip
-TELLING = ("model", "data", "opt", "sched")  # values that say what they are
+TELLING = ("model", "data", "opt", "sched")  # named by their value alone: "adamw", not "opt adamw"
 
 
 def read(run):
@@ -57,8 +57,8 @@ def read_result(run):
     try:
         result = json.loads(path.read_text())
         args = {**result["args"], "data": result["data"]}
-        args["folder"] = os.path.realpath(result["args"]["data"])  # two may have one name
-        if args.get("minutes"):  # the length was measured: another one for each seed
+        args["folder"] = os.path.realpath(result["args"]["data"])  # two folders may have the same name
+        if args.get("minutes"):  # the number of epochs was measured, and differs by seed
             args = {name: value for name, value in args.items() if name not in ("epochs", "warmup_epochs")}
         return {**result, "args": args}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -66,7 +66,7 @@ def read_result(run):
 
 
 def short_names(arguments):
-    """A name for each of several dicts of arguments, from no more of them than it takes to tell them apart."""
+    """A short name for each of several dicts of arguments: those arguments that tell them apart."""
 
     def named(args, keys):
         parts = []
@@ -82,7 +82,8 @@ def short_names(arguments):
     def told_apart(keys):
         return len({named(args, keys) for args in arguments})
 
-    known = [key for key in dict.fromkeys([*TELLING, "lr", *(k for a in arguments for k in a)]) if key not in NAMELESS]
+    keys = dict.fromkeys([*TELLING, "lr", *(key for args in arguments for key in args)])  # an ordered set
+    known = [key for key in keys if key not in NOT_IN_NAMES]
     chosen = []
     for key in known:
         if told_apart([*chosen, key]) > told_apart(chosen):
@@ -128,7 +129,7 @@ def collect(folders):
 
 
 def mean_and_spread(rows, key):
-    """By epoch: [epoch], [mean], [standard deviation] of the values of one or more runs, as far as all of them go."""
+    """Lists of epochs, means and standard deviations over one or more runs, for the epochs that all of them have."""
     values = {}
     for row in rows:
         values.setdefault(row["epoch"], []).append(row[key])
@@ -140,7 +141,7 @@ def mean_and_spread(rows, key):
 
 
 def line_widths(curves):
-    """A width for each of some curves: of equal ones, which would hide each other, the lower ones are the wider."""
+    """A line width for each curve: of equal curves those drawn first are wider, so that all are seen."""
     return [1.6 + 2 * curves[i + 1 :].count(curve) for i, curve in enumerate(curves)]
 
 
@@ -176,8 +177,8 @@ def draw_lr(axis, runs):
         epochs, lrs, _ = mean_and_spread(rows, "lr")
         curves.append((epochs, [100 * lr / peaks[name] for lr in lrs] if relative else lrs))
     for colour, width, (epochs, lrs) in zip(COLOURS, line_widths(curves), curves, strict=False):
-        stays = 2 * len(set(lrs)) <= len(lrs)  # a schedule of steps falls between epochs, not along them
-        style = "steps-pre" if stays else "default"
+        is_stepped = 2 * len(set(lrs)) <= len(lrs)  # it falls between epochs, not along them
+        style = "steps-pre" if is_stepped else "default"
         marker = "." if len(epochs) == 1 else None
         axis.plot(epochs, lrs, drawstyle=style, color=colour, linewidth=width, marker=marker)
     axis.set_ylim(bottom=0)
@@ -239,7 +240,7 @@ def draw(runs, path, best=None):
 
 
 class Parser(argparse.ArgumentParser):
-    """With errors in one printable line."""
+    """An ArgumentParser whose errors are one printable line."""
 
     def error(self, message):
         line = " ".join(message.split())

@@ -144,8 +144,8 @@ def logits_of(model, images, checkpoint, device):
     """float32 (n, classes) on the CPU for uint8 images, in the precision of the run, if this device has it."""
     precision = devices.choose_precision(checkpoint["args"].get("amp", "auto"), device)
     size = evaluation.batch_size(images.shape[1:])
-    images = images, torch.zeros(len(images), dtype=torch.int64)
-    batches = augment.batches(images, size, checkpoint["mean"], checkpoint["std"], device)
+    split = images, torch.zeros(len(images), dtype=torch.int64)  # labels aren't read
+    batches = augment.batches(split, size, checkpoint["mean"], checkpoint["std"], device)
     logits = []
     with torch.inference_mode(), devices.autocast(device, precision):
         for x, _ in batches:
@@ -279,7 +279,7 @@ def print_report(args, checkpoint, model, device):
 
 @contextlib.contextmanager
 def drawing():
-    """What matplotlib raises in this context, set to LaTeX where there is none, is not the checkpoint's fault."""
+    """Raise Failed for matplotlib's RuntimeErrors (a missing LaTeX, say): the checkpoint isn't to blame."""
     try:
         yield
     except RuntimeError as error:

@@ -22,9 +22,9 @@ At every epoch boundary a schedule has the value of the torch.optim.lr_scheduler
 once per epoch; between boundaries the smooth ones are smooth. There is no state to save: a schedule depends on the time
 alone, and plateau on the list of values that it has been shown.
 
-To add a schedule, write a function whose first argument is `t`, the epochs since the warm-up ended, and whose keywords
-are options of `schedule`, or `length`, the epochs after the warm-up, `floor`, min_lr / lr, or `values`, what was
-monitored so far. It returns the multiplier of the initial learning rate. Then name it in SCHEDULES.
+To add a schedule, write a function of `t`, the epochs since the warm-up ended, that returns the multiplier of the
+initial learning rate. Its keywords are options of `schedule`, or: `length`, the epochs after the warm-up; `floor`,
+min_lr / lr; `values`, what was monitored so far. Then name it in SCHEDULES.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def cosine(t, *, t_max, floor):
 
 def restarts(t, *, t_0, t_mult, floor):
     """CosineAnnealingWarmRestarts(T_0=t_0, T_mult=t_mult, eta_min=min_lr), SGDR, arXiv:1608.03983."""
-    if t_mult == 1:
+    if t_mult == 1:  # in one go: the loop would take t / t_0 turns
         t = max(0.0, t - t_0 * math.floor(round(t / t_0, 9)))  # 0.6 % 0.2 is 0.2, a step late
     while round(t / t_0, 9) >= 1:
         t, t_0 = max(0.0, t - t_0), t_0 * t_mult
@@ -98,7 +98,9 @@ def plateau(t, *, values, mode, gamma, patience_epochs, floor):
     """ReduceLROnPlateau(mode, factor=gamma, patience=patience_epochs, min_lr=min_lr, eps=0), shown `values` in turn."""
     multiplier, best, waited = 1.0, -math.inf if mode == "max" else math.inf, 0
     for value in values:
-        if value > best * (1 + 1e-4) if mode == "max" else value < best * (1 - 1e-4):  # never true of NaN
+        # 1e-4 is torch's default threshold. NaN is never better.
+        better = value > best * (1 + 1e-4) if mode == "max" else value < best * (1 - 1e-4)
+        if better:
             best, waited = value, 0
         else:
             waited += 1
@@ -197,7 +199,7 @@ def schedule(
     keywords = {name: value for name, value in known.items() if name in reads}
 
     def multiplier(epoch, values=()):
-        seen = {"values": values[math.ceil(warmup_epochs) :]} if "values" in reads else {}
+        seen = {"values": values[math.ceil(warmup_epochs) :]} if "values" in reads else {}  # without the warm-up's
         if epoch < warmup_epochs:
             warm = WARMUP_START + (1 - WARMUP_START) * epoch / warmup_epochs
             return warm * function(0.0, **keywords, **seen)
@@ -239,7 +241,7 @@ def names(text: str) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """With errors in one printable line."""
+    """An ArgumentParser whose errors are one printable line."""
 
     def error(self, message):
         line = " ".join(message.split())

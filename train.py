@@ -62,7 +62,7 @@ class Run:
 
     @property
     def eval_model(self):
-        """The model that is validated, tested and saved in best.pt: with --ema the averaged one."""
+        """The model that is validated, tested and saved in best.pt: ema.model with --ema."""
         return self.ema.model if self.ema else self.model
 
     @cached_property
@@ -71,7 +71,7 @@ class Run:
         return 2 if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules()) else 1
 
     def smallest_batch(self, processes):
-        """The fewest images in a batch: two for each process with batch norm, else one, and some processes get none."""
+        """The fewest images in a batch: with batch norm two for each process, else one, so that some may get none."""
         has_batch_norm = self.least_images > 1
         return self.least_images * processes if has_batch_norm else 1
 
@@ -338,7 +338,7 @@ def finish_epoch(run, progress, folder):
 
 
 def lr_multiplier(run, step, history):
-    """The factor of the schedule in a step, by which every group's initial learning rate is multiplied."""
+    """What the schedule multiplies every group's initial learning rate by in a step."""
     watched = run.args.sched_monitor or run.args.monitor
     return run.schedule(step / run.steps_per_epoch, [row[watched] for row in history])
 

@@ -81,12 +81,13 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.split(x)
-        if x.device.type == "cuda":
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            # For sequences this short, torch's fused attention takes longer on a CPU than these two products. On MPS
-            # it may be wrong for even shorter ones, before torch 2.12: https://github.com/pytorch/pytorch/issues/181133
+        if x.device.type in ("cpu", "mps"):
+            # For sequences this short, torch's fused attention takes longer on a CPU than these two products. On MPS,
+            # before torch 2.12, it's wrong for some q, k, v that aren't contiguous, as these aren't:
+            # https://github.com/pytorch/pytorch/issues/181133
             out = self.weights(q, k) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
         return self.dropout(self.to_out(rearrange(out, "b h n d -> b n (h d)")))
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
@@ -383,19 +384,13 @@ def build(args, *, image_size: int, channels: int, num_classes: int) -> ViT:
     return ViT(**sizes)
 
 
-class Parser(argparse.ArgumentParser):
-    """With errors in one printable line."""
-
-    def error(self, message):
-        line = " ".join(message.split())
-        super().error("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)[:1000])
-
-
 def main():
     """Print what a model costs: parameters, multiply-adds, shapes."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    parser = Parser(description="Print what the model costs.", allow_abbrev=False, usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description="Print what the model costs.", allow_abbrev=False, usage=argparse.SUPPRESS
+    )
     add_args(parser)
     args = parser.parse_args()
     try:

@@ -73,6 +73,10 @@ def test_the_test_set_is_opened_for_the_winner_alone(tiny, monkeypatch):
     assert len(read) == 6 and not any("test_acc" in row for row in content("c")["variants"])
 
 
+def test_folders_of_variants_have_names_that_any_system_takes():
+    assert compare.folder_name("loss ce+0.5*cosine") == "loss-ce+0.5-cosine" and compare.folder_name("*") == "case"
+
+
 def test_an_interrupted_comparison_goes_on_where_it_was(tiny, monkeypatch, capsys):
     drawn(monkeypatch)
     cases = ["--case", "a: --lr 0.01", "--case", "b: --lr 0.001", "--epochs", 3]

@@ -280,7 +280,7 @@ def test_an_odd_environment_is_one_line(name, value, wanted, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_process_that_waits_for_the_others_can_be_ended(number, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -292,6 +292,8 @@ def test_a_process_that_waits_for_the_others_can_be_ended(number, tmp_path):
         with socket.socket() as caller:
             if caller.connect_ex(("127.0.0.1", port)) == 0:
                 break
+    else:
+        pytest.fail("it never listened")
     time.sleep(0.5)
     process.send_signal(number)
     _, said = process.communicate(timeout=20)

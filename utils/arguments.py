@@ -25,7 +25,7 @@ from utils.models import MODELS, read_init, rebuild
 
 DATA_DIR = "data"
 LONGEST_FILE = 100_000  # bytes of flags
-MOST_WORDS = 10_000  # in all files of flags; the name of another file counts as 101
+MOST_WORDS = 10_000  # in all @files; a nested @file counts as 101, which ends files that name each other
 # A resumed run may be prolonged and moved. Changing anything else would make the run irreproducible.
 MAY_CHANGE = {
     "resume", "epochs", "patience", "device", "compile", "cuda_graph", "out", "data_dir", "log_interval", "save_every",
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         """Reject what argparse would misunderstand, or wait for without end."""
         for i, word in enumerate(words):
             before = words[i - 1] if i and words[i - 1].startswith("-") else "a word"
-            if not word or (word.startswith("--") and word.find("=") == len(word) - 1):
+            if not word or (word.startswith("--") and word.find("=") == len(word) - 1):  # "" or --flag=
                 self.error(f'{word[:-1] or before} "" is empty: give a value, or leave it out')
             if word.startswith("--") and word.endswith("=--"):  # it would make an empty list of it
                 self.error(f"argument {word[:-3]}: -- is no value")
@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         super().error(errors.one_line(message))
 
 
-# A quoted or escaped part, which stays; or a # that begins a word, and all that follows it.
+# Matches a quoted or escaped part (group 1, kept), or a # after a blank and all that follows (dropped).
 COMMENT = re.compile(r"""("(?:\\.|[^"\\])*"|'[^']*'|\\.)|(?<!\S)#.*""", re.DOTALL)
 
 
@@ -214,15 +214,16 @@ def _parse(argv, program, chosen, resumed):
     parser, recipe = make_parser(model, program), MODELS[model].RECIPE
     defaults = vars(parser.parse_args([]))
     parser.set_defaults(**recipe)  # so that --help shows them
-    unset = []  # stands for "not given"; a list, as actions that append start with a copy of it
+    # Marks what wasn't given, by identity. A list, because action="append" copies this default and appends to the copy.
+    unset = []
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
 
     if resumed is not None:
         reject_another_run(resumed, given, defaults, {a.dest: a.choices for a in parser._actions if a.choices})
-        # What is started and where it writes is never a checkpoint's to decide.
-        ours = {"out": None, "runs": 1, "eval": None}
-        args = argparse.Namespace(**resumed | ours | given | {"resume": chosen.resume})
+        # A checkpoint must not decide what is run, or where it writes.
+        never_resumed = {"out": None, "runs": 1, "eval": None}
+        args = argparse.Namespace(**resumed | never_resumed | given | {"resume": chosen.resume})
         if "epochs" in given:
             args.minutes = None
     else:
@@ -240,8 +241,8 @@ def _with_defaults(chosen, model, defaults, recipe, given):
         recipe = recipe | {name: value for name, value in model_args.items() if name in defaults}
     opt = given.get("opt", recipe["opt"])
     if opt != recipe["opt"]:  # the recipe's lr, decay, momentum ... were chosen for its own optimizer
-        own = optimizers.options_of(recipe["opt"])
-        recipe = {name: value for name, value in recipe.items() if name not in own}
+        tuned_for_opt = optimizers.options_of(recipe["opt"])
+        recipe = {name: value for name, value in recipe.items() if name not in tuned_for_opt}
     args = argparse.Namespace(**defaults | optimizers.DEFAULTS[opt] | recipe | given)
     if opt == "rprop":  # it finds the size of its steps itself: a learning rate that changes does nothing
         args.sched = given.get("sched", "none")
@@ -289,6 +290,7 @@ def reject_another_run(resumed, given, defaults, choices):
 # ---------------------------------------------------------------------------------------------- what is rejected
 
 
+# Each range is a pair: the rule as the message states it, and the test.
 def at_least(least):
     return f">= {least} and below 2^53", lambda x: least <= x < 2**53
 
@@ -331,7 +333,7 @@ RANGES = {
 
 
 def check_ranges(args):
-    """Raise ValueError for the first value out of its range. None, where a flag may be left out, is in every range."""
+    """Raise ValueError for the first value out of its range. None, for a flag that was left out, is always allowed."""
     for name, (rule, holds) in RANGES.items():
         value = getattr(args, name)
         if value is not None and not holds(value):
@@ -391,7 +393,7 @@ def check(args):
         reject_idle(args, {"sched_monitor"}, f"with --sched {args.sched}")
     elif args.val_split == 0:
         raise ValueError("--sched plateau needs a validation set: --val-split must be above 0")
-    elif 0 < args.patience <= args.patience_epochs + 1:
+    elif args.sched_monitor in (None, args.monitor) and 0 < args.patience <= args.patience_epochs + 1:
         rule = f"--patience {args.patience} must be at least 2 more than --patience-epochs {args.patience_epochs}"
         raise ValueError(f"{rule}: else the run stops before the lower learning rate is used")
     if not args.minutes or args.resume:
@@ -399,7 +401,7 @@ def check(args):
 
 
 def check_out(out, data_dir):
-    """Reject --out that is --data-dir: a run locks its folder and a download --data-dir: it would wait for itself."""
+    """Reject --out equal to --data-dir: a run locks the one, a download the other, and it would wait for itself."""
     if out and os.path.realpath(out) == os.path.realpath(data_dir):
         raise ValueError(f"--out {out} is --data-dir, too: name another folder")
 

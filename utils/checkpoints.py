@@ -57,16 +57,17 @@ COLUMNS = "epoch step lr train_loss train_acc val_loss val_acc seconds images_pe
 PLAIN = {"model_args", "classes", "mean", "std", "metrics", "args", "history", "scaler"}  # hold no tensors
 DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool
 SCALARS = ("step", "mu_product")  # in an optimizer's state of a parameter; all else in it has the parameter's shape
-MOST_VALUES, DEEPEST = 1_000_000, 8  # a history has nine values an epoch
-MOST_TEXT = 10_000_000  # characters beyond the length of the file: a history names its columns in each row
+MOST_VALUES = 1_000_000  # a history has nine values an epoch
+DEEPEST = 8  # levels of nesting
+MOST_TEXT = 10_000_000  # characters beyond the file's length: a pickle stores a repeated column name once
 DEEPEST_PICKLE = 100  # objects within objects, as Python pickles them
 # What a checkpoint's pickle may call: tensors, their memory, state dicts, the Counter of torch's MultiStepLR.
 HARMLESS = re.compile(
     r"torch\._utils _rebuild_(tensor_v2|parameter)|torch (\w+Storage|Size)|collections (OrderedDict|Counter)"
 )
 
-# In what is raised when another process of a group has ended or is silent.
-OTHERS = "gloo|nccl|closed by peer|connection (reset|refused)|timed out"
+# Words in errors that mean: another process of the group has died or hangs.
+LOST_PROCESS = "gloo|nccl|closed by peer|connection (reset|refused)|timed out"
 
 
 def save(content: dict, path):
@@ -76,18 +77,18 @@ def save(content: dict, path):
     write(buffer.getbuffer(), path)
 
 
-def check_writable(path):
-    """Raise OSError if write() can't write there."""
+def check_not_in_the_way(path):
+    """Raise OSError if something that is no file lies where write() would write."""
     for name in (path, f"{path}.tmp"):  # a device must not be replaced, and writing into a pipe would wait for ever
         if os.path.exists(name) and not os.path.isfile(name):
             raise OSError(f"{name} is in the way: remove it")
-    if os.path.islink(f"{path}.tmp"):  # whoever made it didn't mean that file to be overwritten
+    if os.path.islink(f"{path}.tmp"):  # open() would overwrite the link's target
         raise OSError(f"{path}.tmp is a link: remove it")
 
 
 def write(content: bytes, path):
     """Write a file so that `path` always holds a whole one, the old or the new. Raises OSError."""
-    check_writable(path)
+    check_not_in_the_way(path)
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -145,7 +146,7 @@ def load(path, *, keys: dict = KEYS) -> dict:
                 for entry in file.namelist():
                     if entry.lower().endswith(".pkl"):
                         _inspect(file.read(entry))
-            # A tensor that is larger than what the file holds of it can't grow in mapped memory: torch rejects it.
+            # With mmap, torch rejects a tensor that claims more bytes than the file holds.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except ImportError:
         raise ValueError(f"{path} can't be read without safetensors: pip install safetensors") from None
@@ -159,10 +160,12 @@ def load(path, *, keys: dict = KEYS) -> dict:
 def _inspect(pickled: bytes):
     """Raise ValueError for a pickle that torch would read, but that might take all memory, or crash the interpreter.
 
-    Some of the functions that torch would call for it make objects of any size. And hashing a tuple, as a key, goes
-    through all that lies in it, once for each place where it lies, as deep as it lies.
+    Some functions that torch allows make objects of any size. And hashing a tuple, as a dict's key, visits everything
+    nested in it, a shared object once per place: deep nesting overflows the stack, sharing takes exponential time.
     """
-    stack, marks, memo = [], [], {}  # depth and size of each object on the unpickler's stack; where its marks are
+    stack = []  # (depth, size) of each object on the unpickler's stack, which is simulated here
+    marks = []  # the length of the stack at each MARK
+    memo = {}  # index -> (depth, size)
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name == "GLOBAL" and not HARMLESS.fullmatch(argument):
             raise ValueError(f"it holds a {argument.replace(' ', '.')}")
@@ -174,14 +177,15 @@ def _inspect(pickled: bytes):
         elif opcode.name.endswith("GET"):
             stack.append(memo[argument])
         else:
-            start = len(stack) - len(before)
-            if pickletools.markobject in before:
+            start = len(stack) - len(before)  # the opcode takes its arguments from here on ...
+            if pickletools.markobject in before:  # ... or from the last mark on, with what it needs below that
                 start = marks.pop() - before.index(pickletools.markobject)
             taken = stack[start:]
             del stack[start:]
-            grows = opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # the first by the others
-            depth = 1 + max((depth for depth, _ in taken[grows:]), default=-1)
-            if grows:
+            fills = opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # the rest goes into the first
+            contents = taken[1:] if fills else taken
+            depth = 1 + max((depth for depth, _ in contents), default=-1)
+            if fills:
                 depth = max(depth, taken[0][0])
             size = 1 + sum(size for _, size in taken)
             if depth > DEEPEST_PICKLE or size > 10 * MOST_VALUES:
@@ -190,9 +194,9 @@ def _inspect(pickled: bytes):
 
 
 def validate(path, content, keys: dict, size: int):
-    """Raise ValueError for what no run leaves in a checkpoint of `size` bytes: all distrust of a file is here.
+    """Raise ValueError for content that no run would write into a checkpoint of `size` bytes: all distrust is here.
 
-    What fits the model and the optimizer at hand, load_state_dict and optimizer_state tell.
+    Whether it fits the model and the optimizer is checked later, by load_state_dict and optimizer_state.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a checkpoint of this train.py: it holds no names")
@@ -246,8 +250,8 @@ def _walk(content, size, tensors=True):
             dense = value.is_contiguous() or (
                 value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
             )
-            held += value.nbytes  # of tensors that share their memory, too: most models need it for each
-            if not dense or held > 2 * size:  # tied weights lie in the file once
+            held += value.nbytes  # shared memory counts for each tensor: most models allocate each
+            if not dense or held > 2 * size:  # twice, because tied weights are in the file once
                 raise ValueError(f"{name} is no tensor that the file could hold")
         elif isinstance(value, dict):
             for key, inner in value.items():
@@ -319,18 +323,19 @@ def _validate_progress(content, damaged):
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
-    """What optimizer.load_state_dict takes, from what state_dict() of one with the same options gave.
+    """Prepare a saved state_dict() for optimizer.load_state_dict. Both optimizers must have the same options.
 
-    The options (learning rate, decay ...) stay those of the optimizer at hand. For the optimizers of optimizers.py, of
-    which every parameter has been trained. Raises ValueError for what doesn't fit the parameters: torch looks at no
-    shape, and its fused steps would read beyond a tensor that is smaller than its parameter, or in another order if it
-    lies in memory in another one.
+    The values of the options (learning rate, decay ...) are taken from `optimizer`, not from `saved`. It must be one of
+    optimizers.py; either every parameter has state or none has. Raises ValueError for state that doesn't fit: torch
+    checks no shapes, and its fused steps would read past the end of a tensor smaller than its parameter, or mix up the
+    elements if the memory format differs.
     """
     current = optimizer.state_dict()
     if isinstance(optimizer, torch.optim.LBFGS):  # it has one state for all parameters
         _check_lbfgs(optimizer, saved["state"])
         return {"state": saved["state"], "param_groups": current["param_groups"]}
     states, kinds = {}, {}
+    # Muon's parameters, and the others, must each have states of one kind: the same names and types.
     parameters = [(p, group.get("use_muon")) for group in optimizer.param_groups for p in group["params"]]
     for i, (parameter, use_muon) in enumerate(parameters):
         old = saved["state"].get(i, {})
@@ -377,15 +382,15 @@ def _check_lbfgs(optimizer, saved):
 
 @contextlib.contextmanager
 def blaming(path):
-    """Turn an error in this context into a ValueError that names a checkpoint, if one is given.
+    """Turn errors in this context into a ValueError that blames the checkpoint at `path`, unless that is None.
 
-    Its content is at fault then, unless memory ran out or another process was lost.
+    Errors of running out of memory or of losing another process pass through.
     """
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         text = str(error)
-        if path is None or re.search(f"out of memory|can't allocate memory|{OTHERS}", text, re.IGNORECASE):
+        if path is None or re.search(f"out of memory|can't allocate memory|{LOST_PROCESS}", text, re.IGNORECASE):
             raise
         raise ValueError(f"{path} holds what no run leaves there: {type(error).__name__}: {text[:200]}") from None
 

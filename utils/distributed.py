@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-TIME_LIMIT = timedelta(minutes=10)  # of waiting for the other processes
+TIME_LIMIT = timedelta(minutes=10)  # how long a process waits for the others
 
 
 def init():
@@ -36,14 +36,14 @@ def init():
     number_in_environment("MASTER_PORT", 0, 65535)
     number_in_environment("LOCAL_WORLD_SIZE", 1, size)
     number_in_environment("LOCAL_RANK", 0, size - 1)
-    restarts = number_in_environment("TORCHELASTIC_RESTART_COUNT", 0, 2**31)
+    restarts = number_in_environment("TORCHELASTIC_RESTART_COUNT", 0, 999_999_999)
     backend = "gloo"
     if torch.cuda.is_available() and dist.is_nccl_available():
         backend = "cpu:gloo,cuda:nccl"
     try:
         with ended_by_signals():
             store, own_rank, size = next(dist.rendezvous("env://", timeout=TIME_LIMIT))
-            store = dist.PrefixStore(_agree(store, own_rank, size), store)
+            store = dist.PrefixStore(_shared_key(store, own_rank, size), store)
             dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=TIME_LIMIT)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
@@ -59,7 +59,7 @@ def number_in_environment(name: str, lowest: int, highest: int) -> int:
     """The value of a variable of torchrun's, `lowest` if it isn't set. Raises ValueError if it's out of range."""
     text = os.environ.get(name, str(lowest))
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and lowest <= int(text) <= highest):
-        raise ValueError(f"{name} {text} must be from {lowest} to {highest}: start with torchrun, or unset RANK")
+        raise ValueError(f"{name} {text} must be from {lowest} to {highest}: start with torchrun, else unset RANK")
     return int(text)
 
 
@@ -68,8 +68,9 @@ def ended_by_signals():
     """Let signals end the process at once: a handler in Python wouldn't be called while C++ waits for the others."""
     old = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows lacks the last
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
                 old[number] = signal.signal(number, signal.SIG_DFL)
     try:
         yield
@@ -78,28 +79,29 @@ def ended_by_signals():
             signal.signal(number, handler)
 
 
-def _agree(store, own_rank, size):
-    """A word that the processes of this start share, and those of no earlier one.
+def _shared_key(store, own_rank, size):
+    """A random key, chosen by rank 0, that all processes of this start share and no earlier start had.
 
-    torchrun keeps its store when it starts the processes anew: under the old keys they'd find the addresses of the
-    dead, and couldn't connect or would wait for them. Rank 0 answers all until each has had an answer.
+    torchrun keeps its store across restarts: under the old keys, processes would find the addresses of dead ones, and
+    fail to connect or hang. The others ask with a fresh request each; rank 0 answers until all have confirmed.
     """
-    word = uuid.uuid4().hex
     if own_rank > 0:
-        store.set(f"hello {own_rank}", word)
-        word = store.get(f"answer to {word}").decode()
-        store.add(word, 1)
-        return word
+        request = uuid.uuid4().hex
+        store.set(f"hello {own_rank}", request)
+        key = store.get(f"answer to {request}").decode()  # waits for rank 0
+        store.add(key, 1)  # confirm
+        return key
+    key = uuid.uuid4().hex
     began = time.monotonic()
-    while store.add(word, 0) < size - 1:
+    while store.add(key, 0) < size - 1:
         for other in range(1, size):
-            key = f"hello {other}"
-            if store.check([key]):
-                store.set(f"answer to {store.get(key).decode()}", word)
+            if store.check([f"hello {other}"]):
+                request = store.get(f"hello {other}").decode()
+                store.set(f"answer to {request}", key)
         if time.monotonic() - began > TIME_LIMIT.total_seconds():
             raise RuntimeError(f"not all came within {TIME_LIMIT}")
         time.sleep(0.01)
-    return word
+    return key
 
 
 def in_group() -> bool:
@@ -112,15 +114,15 @@ def cleanup(status: int):
         if status == 1 and "nccl" in dist.get_backend_config():
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(status)  # NCCL would wait for collectives of which another process has died
+            os._exit(status)  # NCCL would wait for collectives that a dead process never joins
         if status and rank() > 0:
             time.sleep(1)  # torchrun stops the others when one fails: let rank 0 print why
-        gc.collect()  # a group that a cycle of references keeps would end with the interpreter, and could abort it
+        gc.collect()  # else a reference cycle may keep the group until the interpreter exits, and abort it
         dist.destroy_process_group()
 
 
 def restarted() -> bool:
-    """Has torchrun started this process anew, after one of the group had failed?"""
+    """Did torchrun restart this process after a failure in the group?"""
     return in_group() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
@@ -154,7 +156,7 @@ def local_device(device: torch.device) -> torch.device:
         if device.index is None:
             device = torch.device("cuda", local_rank())
     if device.index is not None:
-        torch.cuda.set_device(device)  # NCCL works on the current one, and what waits for "the" GPU waits for it
+        torch.cuda.set_device(device)  # NCCL and synchronize() use the current device
     return device
 
 
@@ -174,12 +176,12 @@ def on_local_main(function):
     """Call a function in the first process of every machine, then in the others, which find the files that it left."""
     if world_size() == 1:
         return function()
-    outcomes = [(None, None)]
+    outcomes = [(None, None)]  # a thread adds the real one, so that this process can keep answering the others
 
     worker = threading.Thread(target=lambda: outcomes.append(_outcome(function)), daemon=True)
     if local_rank() == 0:
         worker.start()
-    while all_max(int(worker.is_alive())):  # decoding may take longer than TIME_LIMIT
+    while all_max(int(worker.is_alive())):  # many short waits, as decoding may take longer than TIME_LIMIT
         time.sleep(0.05)
     result, own_error = outcomes[-1]
     for error in all_gather(own_error):
@@ -189,7 +191,7 @@ def on_local_main(function):
 
 
 def _outcome(function):
-    """(its result, None) or (None, its error), for all processes: whatever it is, the others mustn't wait."""
+    """(result, None) or (None, error), for all processes: the others wait for it, whatever was raised."""
     try:
         return function(), None
     except (ValueError, OSError) as error:
@@ -258,5 +260,5 @@ def wrap_ddp(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 
 def sync_gradients(net: torch.nn.Module, now: bool):
-    """A context for forward and backward, in which the processes exchange their gradients now, or don't yet."""
+    """A context for forward and backward: gradients are exchanged if `now`, else only accumulated locally."""
     return contextlib.nullcontext() if now or world_size() == 1 else net.no_sync()

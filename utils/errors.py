@@ -2,8 +2,8 @@
 
     sys.exit(exit_status("train.py", main))
 
-0 done; 1 the work failed after it had begun; 2 wrong arguments or unusable input; 128 + n ended by signal n. What no
-rule foresaw is one line, too, with the place in the code; python -X dev shows the traceback.
+0 done; 1 the work failed after it had begun; 2 wrong arguments or unusable input; 128 + n ended by signal n. An
+unexpected exception is one line, too, with its place in the code; python -X dev shows the traceback.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import torch
 from utils import checkpoints, devices, distributed
 
 LONGEST = 1000  # characters of a message
-STATUS_OF = {"non-finite loss": 1}  # by why a run stopped; 0 for the others, 128 + n for a signal
+STATUS_OF = {"non-finite loss": 1}  # exit status by why a run stopped: 0 if not listed, 128 + n for a signal
 
 
 class Failed(Exception):
@@ -49,13 +49,13 @@ def one_line(text) -> str:
 
 
 def printable(text: str) -> str:
-    """The same text with control characters escaped, but for the ends of lines, and what is no character."""
+    """The text with control characters, except newlines, and lone surrogates escaped."""
     text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def show(line: str):
-    """Print a line, in ASCII where the terminal knows no more."""
+    """Print a line, as escaped ASCII if the terminal's encoding lacks a character."""
     line = printable(line)
     try:
         print(line, flush=True)
@@ -65,7 +65,7 @@ def show(line: str):
 
 def complain(program, error):
     """Print one line on standard error, if there is one."""
-    if sys.stderr is None:  # closed by whoever started the process
+    if sys.stderr is None:  # closed by the parent process
         return
     with contextlib.suppress(OSError, ValueError):  # a closed terminal
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
@@ -108,15 +108,16 @@ def exit_status(program, function, *, flags=str):
 
 
 def complain_once(program, said):
-    """Complain, but in process 0 first: most likely all processes of a group have met the same."""
-    if distributed.rank() > 0 and not said.startswith("process "):  # that another one was lost, which may be process 0
+    """Print an error once per group: all processes most likely have the same one, so the others let process 0 print."""
+    # "process ..." reports a lost process, which may be process 0: don't wait for it.
+    if distributed.rank() > 0 and not said.startswith("process "):
         time.sleep(3)  # by now torchrun has ended this process, if process 0 has complained
         said = f"process {distributed.rank()}: {said}"
     complain(program, said)
 
 
 def flush_output():
-    """Write what is left to be written; else Python does it at the end, and prints its own words where it can't."""
+    """Flush both streams now: at exit Python would print a message of its own if that fails."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None:
@@ -127,8 +128,8 @@ def flush_output():
 
 
 def unforeseen(error: Exception) -> str:
-    """What no rule foresaw, such as a mistake in a model of one's own: the error, its place, how to see all of it."""
-    lost = isinstance(error, RuntimeError) and re.search(checkpoints.OTHERS, str(error), re.IGNORECASE)
+    """The message for an unexpected exception, such as a bug in a user's model: error, place, how to see more."""
+    lost = isinstance(error, RuntimeError) and re.search(checkpoints.LOST_PROCESS, str(error), re.IGNORECASE)
     if lost and distributed.world_size() > 1:  # most likely another process has ended
         silent = f"another one was silent for {distributed.TIME_LIMIT}"
         return f"process {distributed.rank()} stops: {silent if 'timed out' in str(error).lower() else error}"
@@ -139,7 +140,7 @@ def unforeseen(error: Exception) -> str:
 
 @contextlib.contextmanager
 def while_training(args):
-    """What goes wrong in this context is a failure of a run that has begun: raises Failed."""
+    """Turn errors in this context into Failed, with a remedy if there is one: the run has begun."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -168,9 +169,9 @@ def handled(handler):
     old = {}
     try:
         for number in ending_signals():
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored, as under nohup: leave it so
                 old[number] = signal.signal(number, lambda number, frame: handler(number))
-    except ValueError:  # not in the main thread: whoever started it looks after signals
+    except ValueError:  # not in the main thread: the caller handles signals
         pass
     try:
         yield
@@ -181,9 +182,9 @@ def handled(handler):
 
 @contextlib.contextmanager
 def caught_signals():
-    """A list that gets the number of the first signal, so that training can save and end. A second one kills.
+    """Yield a list that receives the number of the first signal, so that training can save and end. A second one kills.
 
-    Under torchrun it doesn't: that passes a Ctrl-C on to processes that have had it from the terminal already.
+    Not under torchrun, which forwards a Ctrl-C that the terminal has already sent to every process.
     """
     caught = []
 

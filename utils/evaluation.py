@@ -18,7 +18,7 @@ def batch_size(shape) -> int:
 def evaluate(model, split, dataset, device, precision, *, loss="ce", tta=False, flip=False):
     """Mean loss and accuracy over all images of a split, the same in any number of processes.
 
-    With tta, logits are means over shifted copies of an image, with flip over mirrored ones, too.
+    With tta, logits are means over translated copies of each image; with flip, over flipped ones, too.
     """
     model.eval()
     loss_of = losses.parse(loss)

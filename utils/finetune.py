@@ -81,7 +81,7 @@ def freeze(model: torch.nn.Module, prefixes: list[str]):
         for name in named:
             model.get_parameter(name).requires_grad_(False)
         if not named:
-            known = {part for name in names for part in accumulate(name.split("."), "{}.{}".format)}
+            known = {prefix for name in names for prefix in accumulate(name.split("."), "{}.{}".format)}
             near = difflib.get_close_matches(prefix, sorted(known), 4, 0.3) or sorted({n.split(".")[0] for n in names})
             raise ValueError(f"freeze {prefix}: no parameter has that prefix; near are {', '.join(near)}")
     if not any(parameter.requires_grad for parameter in model.parameters()):

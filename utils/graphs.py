@@ -5,8 +5,8 @@
     step = GraphedStep(step, model, optimizer, batch_size=256, log=print)   # step(images, labels) -> a tensor
     totals = step(images, labels)  # which the next step overwrites
 
-The step may wait for nothing on the device, and use no number of the host that changes from step to step but the
-learning rates. Momenta, averages and the like may change: they lie on the device.
+The step must not synchronise with the device. Numbers of the host are frozen in the graph, except the learning rates;
+whatever else changes, such as momenta and averages, must be in tensors on the device.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from utils import distributed
 
 RECORDABLE = ("sgd", "adam", "adamw", "muon")  # whose steps read no number from the device
 WARM_UP = 3  # steps before the graph is recorded, as torch asks for
-TOLERANCE = 0.05  # of the change of a tensor in a step: some kernels don't repeat all their digits
+TOLERANCE = 0.05  # relative to how far a step moves a tensor: some kernels aren't deterministic
 
 
 def obstacle(run) -> str:
@@ -61,7 +61,8 @@ class GraphedStep:
     """A step that is recorded after three full batches, compared with an eager one, and from then on replayed.
 
     If the recording fails, or a replay differs by more than TOLERANCE, one line says so and all steps are eager.
-    Batches of another size than `batch_size` are eager always. When mixing of labels ends, the step is recorded anew.
+    Batches of another size than `batch_size` are always eager. When the type of the labels changes, as when mixup ends,
+    the step is recorded again.
     """
 
     def __init__(self, step: Callable, model, optimizer, *, batch_size: int, log: Callable):
@@ -91,13 +92,13 @@ class GraphedStep:
 
     @contextlib.contextmanager
     def lrs_on_device(self):
-        """A number would be frozen in the graph, so the optimizer sees its learning rates as tensors meanwhile."""
+        """Make the learning rates tensors in this context: the graph would freeze plain numbers."""
         before = [dict(group) for group in self.optimizer.param_groups]
         for group, lr in zip(self.optimizer.param_groups, self.lrs, strict=True):
             lr.fill_(group["lr"])
             group["lr"] = lr
             if "capturable" in group:
-                group["capturable"] = True
+                group["capturable"] = True  # Adam's switch for graphs
         try:
             yield
         finally:
@@ -112,8 +113,8 @@ class GraphedStep:
         return totals
 
     def record(self, images, labels):
-        """Take the step eagerly, then once more from the same state as the replay of a graph, and compare."""
-        self.recording = None  # of labels of another type: its memory is needed
+        """Take the step eagerly, restore the state, record and replay a graph; keep the graph if both results agree."""
+        self.recording = None  # frees the memory of the old graph, whose labels had another type
         state = self.tensors()
         before = [x.clone() for x in state]
         generator = torch.cuda.default_generators[images.device.index]
@@ -163,7 +164,7 @@ def put_back(tensors, values):
 def difference(results, expected, before) -> float:
     """The largest difference between the tensors of two outcomes of a step, as a share of how far they went in it.
 
-    Where a step is tiny beside the tensor's values, a difference of the size of rounding doesn't count.
+    If the step is tiny compared with the tensor's values, differences of the size of rounding don't count.
     """
     worst = 0.0
     for result, wanted, start in zip(results, expected, before, strict=True):

@@ -35,7 +35,7 @@ def rebuild(checkpoint: dict, path="the checkpoint") -> torch.nn.Module:
     described = (checkpoint["image_size"], checkpoint["channels"], len(checkpoint["classes"]))
     if (sizes.get("image_size"), sizes.get("channels"), sizes.get("num_classes")) != described:
         raise ValueError(f"{path} contradicts itself: a model of {str(sizes)[:200]} for images and classes {described}")
-    layers = [sizes.get("depth")]  # a million layers, which the weights haven't, would take long to build
+    layers = [sizes.get("depth")]  # a million layers that the weights don't have would take long to build
     for key in ("hidden", "widths"):
         layers.append(len(sizes[key]) if isinstance(sizes.get(key), (list, tuple)) else 0)
     if any(isinstance(count, int) and count > len(checkpoint["state_dict"]) for count in layers):

@@ -21,7 +21,7 @@ def explain(history: list[dict], best: dict | None, monitor: str, chance: float)
 
 
 ADVICE = {
-    "not learning": "It learns nothing, the loss is that of a guess: check the set-up with diagnose.py, and try the "
+    "not learning": "It learns nothing, the loss is that of a guess: check the setup with diagnose.py, and try the "
     "--lr that its --find-lr suggests",
     "too high": "The learning rate is too high, the loss jumps, rises or is worse than a guess's: try a lower --lr, "
     "--warmup-epochs, --clip-grad 1 or a --sched that lowers it",

@@ -18,6 +18,8 @@ def repeat(args, run_once) -> int:
     with run_folder.open_folder(args.out, default, going_on=unfinished) as folder:
         try:
             for seed in range(args.seed, args.seed + args.runs):
+                with errors.while_training(args):
+                    folder.check_not_moved()
                 own = arguments.changed(args, seed=seed, runs=1, out=str(folder.path / f"seed-{seed}"))
                 if results:  # the first may have fallen back to another set
                     own = arguments.changed(own, data=results[0]["args"]["data"])

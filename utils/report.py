@@ -142,7 +142,8 @@ def draw_mistakes(images, logits, labels, classes, path, count=36):
     figure.suptitle(
         f"The {len(chosen)} most confident of {len(wrong):,} mistakes in {len(labels):,} images", fontsize=11
     )
-    for axis in (axes := figure.subplots(rows, 6, squeeze=False)).flat:
+    axes = figure.subplots(rows, 6, squeeze=False)
+    for axis in axes.flat:
         axis.axis("off")
     for i, axis in zip(chosen, axes.flat, strict=False):
         axis.imshow(images[i].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
@@ -153,7 +154,7 @@ def draw_mistakes(images, logits, labels, classes, path, count=36):
 
 
 def draw_reliability(calibrations, path):
-    """Plot how often predictions of each confidence are right, of one or two: name -> what `calibration` returns."""
+    """Plot accuracy against confidence; `calibrations` maps one or two names to what `calibration` returns."""
     figure = new_figure(6, 6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 100], [0, 100], color="#999999", linestyle="--", linewidth=1.2, label="perfectly calibrated")
@@ -161,7 +162,8 @@ def draw_reliability(calibrations, path):
         points = [(100 * confidence, 100 * accuracy) for count, confidence, accuracy in bins if count]
         label = f"{name}: expected calibration error {100 * error:.1f} %"
         upper.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label, clip_on=False)
-        total, edges = sum(count for count, _, _ in bins), [100 * k / len(bins) for k in range(len(bins) + 1)]
+        total = sum(count for count, _, _ in bins)
+        edges = [100 * k / len(bins) for k in range(len(bins) + 1)]
         lower.stairs([100 * count / total for count, _, _ in bins], edges, color=colour, linewidth=1.6)
     upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
     figure.legend(frameon=False, loc="outside upper left")

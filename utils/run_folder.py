@@ -25,8 +25,8 @@ DRAW_EVERY = 30  # seconds; drawing takes half a second
 class RunFolder:
     """Where a run is written. On ranks other than 0 nothing is written, and `log` prints nothing.
 
-    It holds the folder's lock until it is closed. If the folder was moved away or replaced, saving and drawing raise
-    OSError: another run's files may lie under that name.
+    It holds the folder's lock until it is closed. If the folder was moved away or replaced, every method that
+    writes, except log, raises OSError: another run's files may lie under that name.
     """
 
     def __init__(self, path, log=None, held=None, made=()):
@@ -334,7 +334,7 @@ def result_of(run, progress, best: dict | None, stopped: str, test_loss, test_ac
     history = progress.history
     seconds = sum(row["seconds"] for row in history)
     images = sum(row["seconds"] * row["images_per_second"] for row in history)
-    evaluations = 1.0  # of each image
+    evaluations = 1.0  # of each image, per step: a line search needs several
     if run.args.opt == "lbfgs" and history:
         evaluations = next(iter(run.optimizer.state.values()))["func_evals"] / progress.step
     of_best = {}
