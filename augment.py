@@ -16,6 +16,7 @@ Needs torch, and Pillow and numpy for --show.
 """
 
 import argparse
+import io
 import math
 import os
 import random
@@ -322,15 +323,22 @@ def show(images: Tensor, path, **options) -> None:
         plot.paste(strip, (110, 100 * row))
         label = "\n".join(f"{name} {value}" for name, value in chosen.items())
         ImageDraw.Draw(plot).text((4, 100 * row + 4), label or "as they are", "black")
-    plot.save(path)
+    drawn = io.BytesIO()  # a plot that can't be drawn replaces no file
+    plot.save(drawn, format={"jpg": "jpeg"}.get(path[-3:].lower(), path.rpartition(".")[2]))
+    with open(path, "wb") as file:
+        file.write(drawn.getbuffer())
+
+
+def one_line(text) -> str:
+    """A text as one printable line of bounded length."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))[:1000]
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one printable line."""
+    """An ArgumentParser whose errors are one line."""
 
     def error(self, message):
-        line = " ".join(message.split())
-        super().error("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)[:1000])
+        super().error(one_line(message))
 
 
 def main():
@@ -339,6 +347,8 @@ def main():
     parser.add_argument("--show", required=True, metavar="FILE", help="where to write the plot")
     add_args(parser)
     args = parser.parse_args()
+    if not args.show.lower().endswith((".png", ".jpg", ".webp")):
+        parser.error(f"--show {args.show} must end in .png, .jpg or .webp")
     if os.path.exists(args.show):
         if not os.path.isfile(args.show):
             parser.error(f"--show {args.show} is no file: name another one")
@@ -362,7 +372,7 @@ def main():
     except (ValueError, OSError) as error:
         parser.error(str(error))
     try:
-        print(f"wrote {args.show}", flush=True)
+        print(f"wrote {one_line(args.show)}", flush=True)
     except OSError:  # a full disk, or nobody reads it: the plot is there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

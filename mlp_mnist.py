@@ -119,10 +119,11 @@ def main():
     add_args(parser)
     args = parser.parse_args()
     try:
-        model = build(args, image_size=28, channels=1, num_classes=10)
+        with torch.device("meta"):  # takes no memory
+            model = build(args, image_size=28, channels=1, num_classes=10)
+            images = torch.randn(1, 1, 28, 28)
     except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:  # sizes that no memory can hold
         parser.error(str(error).split("\n")[0])
-    images = torch.randn(1, 1, 28, 28)
     with FlopCounterMode(display=False) as counter:
         logits = model.eval()(images)
     print(f"{type(model).__name__}({', '.join(f'{name}={value!r}' for name, value in model.model_args.items())})")

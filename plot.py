@@ -13,7 +13,9 @@ train_loss, train_acc, val_loss and val_acc.
 import argparse
 import contextlib
 import csv
+import io
 import json
+import logging
 import math
 import os
 import signal
@@ -25,6 +27,7 @@ from pathlib import Path
 # Okabe and Ito's colours: colour-blind readers can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc")
+FORMATS = (".png", ".pdf", ".svg")
 STYLES = {"train": ("--", "training"), "val": ("-", "validation")}
 # Arguments left out of the names of curves: they don't change the results, or only by chance (seed).
 NOT_IN_NAMES = {
@@ -46,6 +49,8 @@ def read(run):
         raise ValueError(f"{path} can't be read as a run's metrics ({type(error).__name__}: {error})") from error
     if not rows:
         raise ValueError(f"{path} has no epoch yet")
+    if not all(1 <= row["epoch"] <= 1e9 for row in rows):
+        raise ValueError(f"{path} can't be read as a run's metrics: it has epochs that aren't from 1 to 1e9")
     return rows
 
 
@@ -75,7 +80,7 @@ def short_names(arguments):
             if isinstance(value, bool):
                 parts.append(words if value else f"no {words}")
             elif value is not None:
-                text = f"{value:g}" if isinstance(value, float) else str(value)
+                text = f"{value:.10g}" if isinstance(value, float) else str(value)
                 parts.append(text if key in TELLING else f"{words} {text}")
         return ", ".join(parts)
 
@@ -104,7 +109,7 @@ def with_metrics(folders):
     for folder in folders:
         if folder not in found:
             with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or None
-                sys.stderr.write(f"note: {folder} is left out, it has no metrics.csv\n")
+                sys.stderr.write(one_line(f"note: {folder} is left out, it has no metrics.csv") + "\n")
     return found
 
 
@@ -124,6 +129,8 @@ def collect(folders):
             continue
         for folder, result in group:
             name = folder if len(group) > 1 else name or folder
+            if name in runs:  # a folder may be called as another run is named
+                name = f"{name} ({folder})"
             runs[name], best[name] = read(folder), result.get("best_epoch")
     return runs, best
 
@@ -200,6 +207,7 @@ def draw(runs, path, best=None):
     marks the best epoch of a run: best[name], else the one with the highest validation accuracy. Raises ImportError
     without matplotlib, ValueError for more runs than there are colours.
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can't write a cache of fonts
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
@@ -234,17 +242,23 @@ def draw(runs, path, best=None):
     if "val" in drawn:
         key.append(Line2D([], [], color="#555555", marker="o", linestyle="", label="best epoch"))
     figure.legend(handles=key, loc="outside lower center", ncols=len(key), frameon=False)
+    plot = io.BytesIO()  # a figure that can't be drawn replaces no file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a font lacks a letter of a name: an empty box says so, too
-        figure.savefig(path, dpi=150)
+        figure.savefig(plot, dpi=150, format=Path(path).suffix[1:].lower())
+    Path(path).write_bytes(plot.getbuffer())
+
+
+def one_line(text) -> str:
+    """A text as one printable line of bounded length."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))[:1000]
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one printable line."""
+    """An ArgumentParser whose errors are one line."""
 
     def error(self, message):
-        line = " ".join(message.split())
-        super().error("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)[:1000])
+        super().error(one_line(message))
 
 
 def main():
@@ -256,19 +270,19 @@ def main():
         "--out", default="curves.png", metavar="FILE", help="the plot: .png, .pdf or .svg (%(default)s)"
     )
     args = parser.parse_args()
-    if len(Path(args.out).suffix) < 2:
+    if Path(args.out).suffix.lower() not in FORMATS:
         parser.error(f"--out {args.out} must end in .png, .pdf or .svg")
     if os.path.exists(args.out) and not os.path.isfile(args.out):
         parser.error(f"--out {args.out} is no file: name another one")
     try:
         runs, best = collect(with_metrics(args.runs))
         draw(runs, args.out, best)
-    except (ArithmeticError, ValueError, OSError, RuntimeError) as error:  # such as matplotlib's, set to LaTeX
-        parser.error(str(error))
     except ImportError:
         parser.exit(1, "plot.py: error: there is no matplotlib: pip install matplotlib\n")
+    except Exception as error:  # such as matplotlib's, set to LaTeX
+        parser.error(str(error))
     try:
-        print(f"wrote {args.out}", flush=True)
+        print(f"wrote {one_line(args.out)}", flush=True)
     except OSError:  # a full disk, or nobody reads it: the plot is there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -14,6 +14,7 @@ error. Exit status 2 if a file is no image; the others are read all the same.
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -28,7 +29,6 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import augment
 import data
@@ -36,6 +36,7 @@ import vit
 from utils import arguments, checkpoints, devices, errors, evaluation, models, report
 
 LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of red, green and blue in grey (ITU-R BT.601)
+MOST_TOKENS = 2048  # in a map of attention: it has a number for each pair of them, in each head of each layer
 # The modes in which a flag has an effect.
 READ_BY = {
     "top": {"images"},
@@ -86,8 +87,10 @@ def check(args):
         raise ValueError(f"--attention {args.attention} must end in .png")
     if mode == "attention" and Path(args.attention).exists() and not Path(args.attention).is_file():
         raise ValueError(f"--attention {args.attention} is no file: name another one")
-    if mode == "attention" and Path(args.attention).exists() and os.path.samefile(args.attention, args.images[0]):
-        raise ValueError(f"--attention {args.attention} is the image itself: name another file")
+    for path in (args.checkpoint, *args.images):
+        if mode == "attention" and all(map(os.path.exists, (args.attention, path))):
+            if os.path.samefile(args.attention, path):
+                raise ValueError(f"--attention {args.attention} is {path} itself: name another file")
     if mode == "images" and not args.images:
         raise ValueError("nothing to do: name image files or folders, --report DATA or --export FILE")
     return mode
@@ -124,7 +127,7 @@ def read(path, checkpoint, invert):
     """An image file as uint8 (channels, size, size), and whether it was cropped. Raises ValueError if it isn't one."""
     try:
         image = data.decode(path, checkpoint["image_size"])
-        with Image.open(path) as original:
+        with data.open_image(path) as original:
             cropped = original.width != original.height
     except Exception as error:
         raise ValueError(f"{path} can't be read as an image ({error})") from None
@@ -229,6 +232,11 @@ def print_report(args, checkpoint, model, device):
     The temperature is fitted on the training images that --val-split of the run held out.
     """
     dataset = models.dataset_for(checkpoint, args.report, args.data_dir or "data", args.checkpoint)
+    out = Path(args.out or Path(args.checkpoint).parent / f"report-{dataset.name}")
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"--out {out} is no folder: name another one")
+    for name in ("confusion", "mistakes", "reliability"):
+        checkpoints.check_not_in_the_way(out / f"{name}.png")
     images, labels = dataset.test
     classes = dataset.classes
     logits = logits_of(model, images, checkpoint, device)
@@ -246,6 +254,8 @@ def print_report(args, checkpoint, model, device):
         "confusion": matrix.tolist(),
         "calibration_error": error,
     }
+    if not math.isfinite(results["test_loss"]):
+        raise ValueError(f"{args.checkpoint} gives a loss of {results['test_loss']}: its outputs are too large")
     shown = [errors.one_line(name) for name in classes]
     text = f"expected calibration error {error:.4f}"
     val = held_out(checkpoint, dataset)
@@ -265,7 +275,6 @@ def print_report(args, checkpoint, model, device):
         note = "without TTA" if checkpoint["args"].get("tta") else ""
         errors.show(f"{evaluation.test_line(dataset, results['test_loss'], results['test_acc'], False, note)}\n")
         errors.show(f"{report.as_text(matrix, shown)}\n\n{text}")
-    out = Path(args.out or Path(args.checkpoint).parent / f"report-{dataset.name}")
     out.mkdir(parents=True, exist_ok=True)
     try:
         with drawing():
@@ -293,6 +302,9 @@ def draw_attention(args, checkpoint, model, device):
     """--attention: the image, the roll-out over all layers, and the heads of the last layer, over the image."""
     if not isinstance(model, vit.ViT):
         raise ValueError(f"--attention needs a vit, {args.checkpoint} holds a {checkpoint['model']}")
+    tokens = model.pos_embedding.shape[1]
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"--attention {args.attention}: {tokens:,} tokens are too many, at most {MOST_TOKENS:,}")
     image, _ = read(args.images[0], checkpoint, args.invert)
     logits = logits_of(model, image[None], checkpoint, device)[0]
     one = image[None], torch.zeros(1)

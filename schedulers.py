@@ -30,7 +30,9 @@ min_lr / lr; `values`, what was monitored so far. Then name it in SCHEDULES.
 import argparse
 import bisect
 import inspect
+import io
 import itertools
+import logging
 import math
 import os
 import signal
@@ -240,12 +242,16 @@ def names(text: str) -> list[str]:
     return chosen
 
 
+def one_line(text) -> str:
+    """A text as one printable line of bounded length."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))[:1000]
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one printable line."""
+    """An ArgumentParser whose errors are one line."""
 
     def error(self, message):
-        line = " ".join(message.split())
-        super().error("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)[:1000])
+        super().error(one_line(message))
 
 
 def main():
@@ -260,7 +266,7 @@ def main():
     options = {name: value for name, value in vars(args).items() if name not in ("sched", "plot")}
     if len(args.sched) > 1 and not args.plot:
         parser.error(f"--sched {','.join(args.sched)} needs --plot FILE: one CSV holds one schedule")
-    if args.plot is not None and len(os.path.splitext(args.plot)[1]) < 2:
+    if args.plot is not None and os.path.splitext(args.plot)[1].lower() not in (".png", ".pdf", ".svg"):
         parser.error(f"--plot {args.plot} must end in .png, .pdf or .svg")
     if args.plot is not None and os.path.exists(args.plot) and not os.path.isfile(args.plot):
         parser.error(f"--plot {args.plot} is no file: name another one")
@@ -284,7 +290,7 @@ def main():
             parser.exit(1, "schedulers.py: error: there is no matplotlib: pip install matplotlib\n")
     try:
         if args.plot:
-            print(f"wrote {args.plot}")
+            print(f"wrote {one_line(args.plot)}")
         else:
             print("epoch,lr")
             for epoch in range(int(args.epochs) + 1):
@@ -297,6 +303,7 @@ def main():
 
 
 def plot(multipliers, lr, epochs, path):
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can't write a cache of fonts
     from matplotlib.figure import Figure
 
     columns = min(3, len(multipliers))
@@ -312,9 +319,12 @@ def plot(multipliers, lr, epochs, path):
         axis.plot(points, values, color="#0072B2", drawstyle="steps-post" if jumps else "default")
         axis.set(title=name, xlim=(0, epochs), ylim=(0, lr * 1.05), xlabel="epoch", ylabel="learning rate")
         axis.spines[["top", "right"]].set_visible(False)
+    drawn = io.BytesIO()  # a figure that can't be drawn replaces no file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of learning rates near the largest number
-        figure.savefig(path, dpi=120)
+        figure.savefig(drawn, dpi=120, format=os.path.splitext(path)[1][1:].lower())
+    with open(path, "wb") as file:
+        file.write(drawn.getbuffer())
 
 
 if __name__ == "__main__":

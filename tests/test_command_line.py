@@ -32,7 +32,7 @@ WRONG = [
     "--sched multistep --milestones a", "--t-max 0", "--t-max -1", "--sched restarts --t-0 -1",
     "--sched restarts --t-mult 0", "--sched plateau --patience-epochs -1",
     "--sched plateau --patience 6 --patience-epochs 5", "--sched plateau --epochs 12 --patience-epochs 10 --patience 0",
-    "--mixup 0.001", "--cutmix 1e9", "--opt adagrad --lr-scale head=1e300",
+    "--loss 1e-300*ce", "--loss 1e20*ce", "--mixup 0.001", "--cutmix 1e9", "--opt adagrad --lr-scale head=1e300",
     "--sched plateau --patience 0 --patience-epochs 1" + 400 * "0", "--hidden 0",
     "--hidden a", "--dropout 1", "--log-interval -1", "--img-size 0", "--resume nowhere.pt", "--eval nowhere.pt",
     "--epoch 3", "--model vit --patch-size 5", "--model vit --heads 5", "--model vit --pool max",

@@ -12,7 +12,7 @@ from conftest import TINY_MLP, halt
 import compare
 import plot
 import train
-from utils import checkpoints, evaluation, run_folder
+from utils import evaluation, run_folder
 
 BASE = [*TINY_MLP, "--val-split", "0.3"]
 
@@ -154,10 +154,15 @@ def test_a_folder_with_other_runs_is_rejected(tiny, monkeypatch, capsys):
     drawn(monkeypatch)
     cases = ["--case", "a: --lr 0.01", "--case", "b: --lr 0.001"]
     assert compared(*BASE, *cases, "--out", "c") == 0
-    before = checkpoints.load("c/a/seed-0/best.pt")["epoch"]
+    before = {path: path.read_bytes() for path in Path("c").rglob("*") if path.is_file()}
+    assert compared(*BASE, *cases, "--batch-size", 32, "--out", "c") == 2
+    assert "holds a comparison with other flags for " in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("c").rglob("*") if path.is_file()} == before
+    for path in Path("c").glob("compare.*"):  # as if it had been interrupted
+        path.unlink()
     assert compared(*BASE, *cases, "--batch-size", 32, "--out", "c") == 1
     assert "holds runs with another --batch-size" in capsys.readouterr().err
-    assert checkpoints.load("c/a/seed-0/best.pt")["epoch"] == before
+    assert Path("c/a/seed-0/best.pt").read_bytes() == before[Path("c/a/seed-0/best.pt")]
 
 
 @pytest.mark.parametrize(

@@ -456,3 +456,49 @@ def test_training_files_copied_over_the_test_files_are_noticed(tmp_path):
         shutil.copy(path, raw / path.name.replace("train", "t10k"))
     with pytest.raises(ValueError, match="training and test files hold the same images"):
         data.load("mnist", tmp_path)
+
+
+def cached(folder, root):
+    """The pixels that are cached for a folder, and the file that holds them."""
+    before = set(root.glob("cache/*.pt"))
+    images = data.load(str(folder), root, img_size=8).train.images.clone()
+    (path,) = set(root.glob("cache/*.pt")) - before
+    return images, path
+
+
+def test_a_cache_with_other_pixels_is_made_anew(tmp_path):
+    write_folder(tmp_path / "pets")
+    write_folder(tmp_path / "birds", mode="L")
+    pets, path = cached(tmp_path / "pets", tmp_path)
+    _, other = cached(tmp_path / "birds", tmp_path)
+    whole = path.read_bytes()
+    place = whole.index(pets[0].numpy().tobytes()[:64])
+    damaged = whole[: place + 10] + bytes([whole[place + 10] ^ 255]) + whole[place + 11 :]
+    for content in (damaged, other.read_bytes()):
+        path.write_bytes(content)
+        loaded = data.load(str(tmp_path / "pets"), tmp_path, img_size=8)
+        assert "is damaged" in loaded.note and torch.equal(loaded.train.images, pets)
+    assert data.load(str(tmp_path / "pets"), tmp_path, img_size=8).note == ""
+
+
+def test_a_cache_that_is_emptied_changes_no_images_at_hand(tmp_path):
+    write_folder(tmp_path / "pets")
+    pets, path = cached(tmp_path / "pets", tmp_path)
+    loaded = data.load(str(tmp_path / "pets"), tmp_path, img_size=8)
+    path.write_bytes(b"")
+    assert torch.equal(loaded.train.images, pets)
+
+
+def test_images_of_too_many_pixels_and_of_other_formats_are_named(tmp_path):
+    write_folder(tmp_path / "pets")
+    path = tmp_path / "pets" / "train" / "cat" / "zz.png"
+    Image.new("1", (20_000, 6_000)).save(path)
+    with pytest.raises(ValueError, match=r"zz.png .*20000 x 6000 pixels are more than 100,000,000"):
+        data.load(str(tmp_path / "pets"), tmp_path, img_size=8)
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")  # for which Pillow would start Ghostscript
+    with pytest.raises(ValueError, match=r"zz.png .*cannot identify image file"):
+        data.load(str(tmp_path / "pets"), tmp_path, img_size=8)
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"zz.png is no file: remove it"):
+        data.load(str(tmp_path / "pets"), tmp_path, img_size=8)

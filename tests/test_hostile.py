@@ -43,6 +43,7 @@ import plot
 import predict
 import schedulers
 import train
+import vit
 from utils import arguments, checkpoints, devices, distributed, errors, run_folder
 
 
@@ -92,6 +93,22 @@ LAST = {
     "a float8 tensor": change_state(lambda t: t.to(torch.float8_e4m3fn)),
     "a smaller tensor": change_state(lambda t: t.flatten()[:1]),
     "no numbers": change_state(lambda t: t.fill_(float("nan"))),
+    "no optimizer's state": lambda c: c["optimizer"].update(state={}),
+    "a name too few": lambda c: [state.pop("exp_avg_sq") for state in c["optimizer"]["state"].values()],
+    "a step of the optimizer that never was": lambda c: c["optimizer"]["state"][0].update(step=torch.tensor(-1.0)),
+    "negative squares": change_state(lambda t: t - 1),
+    "whole numbers": change_state(lambda t: t.long()),
+    "a step too many": lambda c: c.update(step=c["step"] + 1),
+    "totals below 0": lambda c: c.update(totals=torch.tensor([0.0, 0.0, -200.0], dtype=torch.float64)),
+    "an accuracy of 9": lambda c: c["history"][0].update(val_acc=9.0),
+    "no accuracy": lambda c: c["history"][0].update(val_acc=float("nan")),
+    "an epoch twice": lambda c: c.update(history=2 * c["history"]),
+    "a scaler of nothing": lambda c: c.update(scaler={"scale": float("nan")}),
+    "an odd scaler": lambda c: c.update(
+        scaler=dict(scale=1.0, growth_factor=2.0, backoff_factor=0.0, growth_interval=0, _growth_tracker=0)
+    ),
+    "a limit of a half": lambda c: c["args"].update(limit=100.5),
+    "another split": lambda c: c["args"].update(val_split=0.0),
     "no random-number states": lambda c: c.update(rng=[]),
     "shared lists in classes": lambda c: c.update(classes=shared(7)),
     "shared lists in args": lambda c: c["args"].update(data=shared(7)),
@@ -142,12 +159,27 @@ def test_state_that_lies_in_memory_in_another_order_is_laid_out_again(tiny, caps
 
 
 @pytest.mark.parametrize(
-    "name, value", [("old_dirs", [torch.zeros(3)]), ("t", "x"), ("ro", [torch.zeros(2)]), ("d", 3)]
+    "name, value",
+    [
+        ("old_dirs", [torch.zeros(3)]),
+        ("t", "x"),
+        ("t", float("nan")),
+        ("ro", [torch.zeros(2)]),
+        ("d", 3),
+        ("d", None),
+        ("al", []),
+        ("n_iter", -1),
+    ],
 )
 def test_an_odd_state_of_lbfgs_is_one_line(name, value, tiny, capsys):
     assert call(*TINY_MLP, "--opt", "lbfgs", "--limit", 64, "--out", "run") == 0
     content = last()
-    content["optimizer"]["state"][0][name] = value
+    state = content["optimizer"]["state"][0]
+    state[name] = value
+    if value is None:
+        del state[name]
+    if isinstance(value, float):
+        state[name] = torch.tensor(value)
     torch.save(content, "run/last.pt")
     capsys.readouterr()
     assert call("--resume", "run/last.pt", "--epochs", 2) == 2
@@ -1111,3 +1143,154 @@ def test_a_plot_that_fails_is_not_the_checkpoints_fault(tiny, monkeypatch, capsy
     capsys.readouterr()
     assert predict.main(["run/best.pt", "--report", "shapes"]) == 1
     one_line(capsys, "latex could not be found")
+
+
+def test_a_folder_that_is_rejected_leaves_none_above_it(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    capsys.readouterr()
+    for out in (f"new/{300 * 'x'}", "new/../run"):
+        assert call(*TINY_MLP, "--out", out) == 2
+        one_line(capsys)
+        assert not Path("new").exists()
+
+
+def test_a_move_that_fails_leaves_no_folder(tiny, monkeypatch, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+
+        def fsync(file):
+            raise OSError("no space left on device")
+
+        patch.setattr(os, "fsync", fsync)
+        assert call("--resume", "run/last.pt", "--epochs", 2, "--out", "moved") == 2
+    one_line(capsys, "no space left")
+    assert not Path("moved").exists()
+    assert call("--resume", "run/last.pt", "--epochs", 2, "--out", "moved") == 0
+
+
+def test_other_names_of_a_file_keep_its_content(tiny, capsys):
+    Path("hard").mkdir()
+    Path("precious").write_text("mine")
+    os.link("precious", "hard/last.pt.tmp")
+    assert call(*TINY_MLP, "--out", "hard") == 0
+    assert Path("precious").read_text() == "mine" and not Path("hard/last.pt.tmp").exists()
+    Path("soft").mkdir()
+    os.symlink("../victim", "soft/log.txt")
+    capsys.readouterr()
+    assert call(*TINY_MLP, "--out", "soft") == 2
+    one_line(capsys, "log.txt")
+    assert not Path("victim").exists()
+
+
+def test_a_folder_by_the_name_of_a_set_is_not_it(tiny, capsys):
+    Path("shapes").mkdir()
+    assert call(*TINY_MLP, "--img-size", 16) == 2
+    one_line(capsys, "--img-size")
+
+
+def test_seeds_in_a_folder_that_is_replaced_stop(tiny, monkeypatch, capsys):
+    real = train.run_once
+
+    def run_once(*args):
+        done = real(*args)
+        os.rename("many", "moved")
+        Path("many").mkdir()
+        return done
+
+    monkeypatch.setattr(train, "run_once", run_once)
+    assert call(*TINY_MLP, "--runs", 2, "--out", "many") == 1
+    one_line(capsys, "moved away or replaced")
+    assert not list(Path("many").iterdir())
+
+
+def test_a_plot_that_cannot_be_drawn_replaces_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/metrics.csv").write_text(",".join(plot.COLUMNS) + "\n1,1,1,1,1,1\n")
+    for name in ("old.png", "old.jpg", "old.h5", "old.ps"):
+        Path(name).write_text("mine")
+
+    def savefig(*args, **options):
+        raise RuntimeError("no LaTeX")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    monkeypatch.setattr("PIL.Image.Image.save", savefig)
+    for module, *argv in (
+        (plot, "run", "--out", "old.png"),
+        (plot, "run", "--out", "old.ps"),
+        (schedulers, "--plot", "old.png"),
+        (augment, "--flip", "--show", "old.jpg"),
+        (augment, "--flip", "--show", "old.h5"),
+    ):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *argv])
+        with pytest.raises((SystemExit, RuntimeError)):
+            module.main()
+    assert {path.read_text() for path in Path().glob("old.*")} == {"mine"}
+
+
+def test_runs_are_not_mixed_up_in_a_plot(tiny):
+    for name, lr in (("mlp", None), ("other", 0.002), ("a", 0.003), ("b", 0.003000001)):
+        Path(name).mkdir()
+        Path(name, "metrics.csv").write_text(",".join(plot.COLUMNS) + "\n1,1,1,1,1,1\n")
+        if lr:
+            result = {"args": {"model": "mlp", "data": "shapes", "lr": lr}, "data": "shapes", "seed": len(name)}
+            Path(name, "result.json").write_text(json.dumps(result | {"seed": ord(name[0])}))
+    assert len(plot.collect(["mlp", "other"])[0]) == 2 and len(plot.collect(["a", "b"])[0]) == 2
+    Path("a/metrics.csv").write_text(",".join(plot.COLUMNS) + "\n1e308,1,1,1,1,1\n-1e308,1,1,1,1,1\n")
+    with pytest.raises(ValueError, match="epochs"):
+        plot.read("a")
+
+
+def test_names_of_variants_are_printable_and_not_long(tiny, capsys):
+    for name in ("x\x1b[31m", "two\nlines", 300 * "y"):
+        assert compare.main([*TINY_MLP, "--case", f"{name}: --lr 0.1", "--case", "b: --lr 1", "--out", "c"]) == 2
+        one_line(capsys, "printable")
+
+
+def test_a_report_is_rejected_before_it_is_computed(tiny, monkeypatch, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    monkeypatch.setattr(predict, "logits_of", None)
+    Path("file").write_text("mine")
+    Path("folder").mkdir()
+    os.mkfifo("folder/mistakes.png")
+    capsys.readouterr()
+    for out in ("file", "folder"):
+        assert predict.main(["run/best.pt", "--report", "shapes", "--out", out]) == 2
+        one_line(capsys, out)
+
+
+def test_a_report_whose_loss_is_infinite_is_no_json(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    content = checkpoints.load("run/best.pt")
+    content["state_dict"]["head.bias"] = torch.tensor([3e38, -3e38] * 5)
+    checkpoints.save(content, "odd.pt")
+    capsys.readouterr()
+    assert predict.main(["odd.pt", "--report", "shapes", "--json"]) == 2
+    one_line(capsys, "odd.pt")
+
+
+def test_a_map_of_many_tokens_is_rejected(tiny, monkeypatch, capsys):
+    flags = "--model vit --depth 1 --dim 8 --heads 1 --mlp-dim 8 --patch-size 4 --out vit"
+    assert call(*TINY, *flags.split()) == 0
+    Image.new("RGB", (32, 32)).save("a.png")
+    monkeypatch.setattr(predict, "MOST_TOKENS", 63)
+    capsys.readouterr()
+    assert predict.main(["vit/best.pt", "a.png", "--attention", "map.png"]) == 2
+    one_line(capsys, "64 tokens")
+    assert predict.main(["vit/best.pt", "a.png", "--attention", "vit/best.pt"]) == 2
+
+
+def test_a_benchmark_until_an_accuracy_rejects_what_has_no_effect(capsys):
+    for idle in ("--models vit", "--turns 9", "--seconds 3"):
+        assert bench.main(["--until", "0.5", *idle.split()]) == 2
+        one_line(capsys, idle.split()[0])
+
+
+@pytest.mark.parametrize(
+    "module, argv", [(vit, "--dim 30000 --heads 3 --mlp-dim 90000"), (mlp_mnist, "--hidden 90000,90000")]
+)
+def test_what_a_model_costs_takes_no_memory(module, argv, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *argv.split()])
+    module.main()
+    assert "parameters" in capsys.readouterr().out

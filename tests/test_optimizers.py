@@ -177,7 +177,8 @@ def test_muon_without_a_hidden_layer_is_refused(tiny, capsys):
     for state in last["optimizer"]["state"].values():
         state.pop("momentum_buffer", None)
     checkpoints.save(last, Path("odd.pt"))
-    assert call("--resume", "odd.pt", "--epochs", 2, "--out", "odd") == 0  # as if it had not begun yet
+    assert call("--resume", "odd.pt", "--epochs", 2, "--out", "odd") == 2  # it would be another run
+    assert "not that which its steps leave" in capsys.readouterr().err and not Path("odd").exists()
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (16, 16)])

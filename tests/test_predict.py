@@ -500,7 +500,7 @@ def test_the_image_is_not_overwritten_by_its_plot(trained, tiny, capsys):
     Image.new("RGB", (32, 32)).save("image.png")
     before = Path("image.png").read_bytes()
     assert predict.main(["vit-cls.pt", "image.png", "--attention", "image.png"]) == 2
-    assert "is the image itself" in capsys.readouterr().err and Path("image.png").read_bytes() == before
+    assert "is image.png itself" in capsys.readouterr().err and Path("image.png").read_bytes() == before
 
 
 def test_hidden_folders_are_left_out(trained, tiny, capsys):

@@ -220,7 +220,7 @@ def _parse(argv, program, chosen, resumed):
     given = {name: value for name, value in given.items() if value is not unset}
 
     if resumed is not None:
-        reject_another_run(resumed, given, defaults, {a.dest: a.choices for a in parser._actions if a.choices})
+        reject_another_run(resumed, given, defaults, {action.dest: action for action in parser._actions})
         # A checkpoint must not decide what is run, or where it writes.
         never_resumed = {"out": None, "runs": 1, "eval": None}
         args = argparse.Namespace(**resumed | never_resumed | given | {"resume": chosen.resume})
@@ -269,23 +269,27 @@ def plain(args) -> dict:
     return {name: value for name, value in vars(args).items() if name != "given"}
 
 
-def reject_another_run(resumed, given, defaults, choices):
+def reject_another_run(resumed, given, defaults, actions):
     """Raise ValueError for a checkpoint's arguments that no run has, and for flags that would make it another run."""
     if resumed.keys() != defaults.keys():
         odd = ", ".join(sorted(resumed.keys() ^ defaults.keys()))
         raise ValueError(f"--resume holds a run of another version of train.py: they differ in {odd}")
     for name, default in defaults.items():
         value = resumed[name]
-        as_float = isinstance(default, float) and type(value) is int
-        if default is not None and type(value) is not type(default) and not as_float:
-            raise ValueError(f"--resume holds {flag_name(name)} {value!r}, which is no {type(default).__name__}")
-        if value is not None and value not in choices.get(name, [value]):
-            raise ValueError(f"--resume holds {flag_name(name)} {value!r}, which is none of {', '.join(choices[name])}")
+        kind, choices = actions[name].type, actions[name].choices
+        wanted = type(default) if default is not None else kind
+        as_float = wanted is float and type(value) is int
+        if value is not None and wanted in KINDS and type(value) is not wanted and not as_float:
+            raise ValueError(f"--resume holds {flag_name(name)} {value!r}, which is no {wanted.__name__}")
+        if value is not None and choices and value not in choices:
+            raise ValueError(f"--resume holds {flag_name(name)} {value!r}, which is none of {', '.join(choices)}")
     for name in given.keys() - MAY_CHANGE:
         if given[name] != resumed[name]:
             was = f"the one in --resume has {resumed[name]}"
             raise ValueError(f"{flag_name(name)} {given[name]} would make it another run: {was}")
 
+
+KINDS = (bool, int, float, str, list, tuple)  # of the values of flags
 
 # ---------------------------------------------------------------------------------------------- what is rejected
 
@@ -366,7 +370,7 @@ def check(args):
         reject_idle(args, {"mixup_off_epoch"}, "without --mixup or --cutmix")
     if args.val_split == 0:
         reject_idle(args, {"patience", "monitor", "min_delta"}, "with --val-split 0: nothing is monitored")
-    if not Path(args.data).is_dir():
+    if args.data in data.NAMES or not Path(args.data).is_dir():
         reject_idle(args, {"img_size"}, f"with --data {args.data}: it's for folders of images")
     check_out(args.out, args.data_dir)
     if args.runs > 1 and args.no_test and args.val_split == 0:

@@ -57,6 +57,7 @@ COLUMNS = "epoch step lr train_loss train_acc val_loss val_acc seconds images_pe
 PLAIN = {"model_args", "classes", "mean", "std", "metrics", "args", "history", "scaler"}  # hold no tensors
 DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool
 SCALARS = ("step", "mu_product")  # in an optimizer's state of a parameter; all else in it has the parameter's shape
+NEVER_NEGATIVE = ("exp_avg_sq", "square_avg", "acc_delta", "sum")  # means and sums of squares there
 MOST_VALUES = 1_000_000  # a history has nine values an epoch
 DEEPEST = 8  # levels of nesting
 MOST_TEXT = 10_000_000  # characters beyond the file's length: a pickle stores a repeated column name once
@@ -91,7 +92,9 @@ def write(content: bytes, path):
     check_not_in_the_way(path)
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)  # of a run that was killed; a hard link's other name keeps its content
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -277,7 +280,7 @@ def _validate_description(content, damaged):
     """What best.pt says of its images."""
     if not content["classes"] or not all(isinstance(name, str) for name in content["classes"]):
         raise damaged("its classes are no names")
-    if not 1 <= content["image_size"] <= 4096 or not 1 <= content["channels"] <= 64:
+    if not 1 <= content["image_size"] <= 1024 or not 1 <= content["channels"] <= 64:
         raise damaged(f"its images have {content['channels']} channels and {content['image_size']} pixels a side")
     for name in ("mean", "std"):
         numbers = content[name]
@@ -298,16 +301,34 @@ def _validate_progress(content, damaged):
     step = content["step"]
     if not 0 <= step < 2**53 or not 0 <= content["seconds"] < math.inf:
         raise damaged(f"its step is {step}")
-    before = 0
-    for row in content["history"]:
+    before, validated = 0, content["args"].get("val_split") != 0
+    for epoch, row in enumerate(content["history"], start=1):
         numbers = isinstance(row, dict) and {type(value) for value in row.values()} <= {int, float}
-        if not numbers or list(row) != COLUMNS:
+        if not numbers or list(row) != COLUMNS or row["epoch"] != epoch:
             raise damaged(f"a row of its history is {str(row)[:200]}")
-        if not before <= row["step"] <= step:
+        if not before < row["step"] <= step:
             raise damaged(f"its history is ahead of its step {step}")
         before = row["step"]
-    if content["totals"].shape != (3,) or not content["totals"].isfinite().all():
-        raise damaged("its totals are no three numbers")
+        known = [row["train_loss"], row["seconds"], row["images_per_second"]]
+        shares = [row["train_acc"]]
+        if validated:
+            known.append(row["val_loss"])
+            shares.append(row["val_acc"])
+        possible = all(map(math.isfinite, known)) and all(0 <= share <= 1 for share in shares) and row["seconds"] > 0
+        if not possible or math.isnan(row["val_acc"]) == validated:
+            raise damaged(f"a row of its history is {str(row)[:200]}")
+    totals = content["totals"]
+    if totals.shape != (3,) or not totals.isfinite().all() or not 0 <= totals[1] <= totals[2]:
+        raise damaged("its totals are no three numbers that fit each other")
+    if (totals[2] == 0) != (step == before):
+        raise damaged(f"its totals of {totals[2]:g} images don't fit its step {step}, after {before} in its history")
+    scaler = content["scaler"]
+    if scaler:
+        numbers = [scaler.get(name) for name in ("scale", "growth_factor", "backoff_factor")]
+        counts = [scaler.get(name) for name in ("growth_interval", "_growth_tracker")]
+        fits = all(type(x) is float and 0 < x < 1e38 for x in numbers) and all(type(x) is int for x in counts)
+        if not fits or not numbers[2] < 1 < numbers[1] or not 0 <= counts[1] <= counts[0] < 2**31:
+            raise damaged(f"its scaler is {str(scaler)[:200]}")
     groups, states = content["optimizer"].get("param_groups"), content["optimizer"].get("state")
     if not isinstance(groups, list) or not isinstance(states, dict):
         raise damaged("its optimizer has no state")
@@ -322,36 +343,54 @@ def _validate_progress(content, damaged):
             raise damaged("it holds no random-number states")
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
+def optimizer_state(optimizer: torch.optim.Optimizer, saved: dict, *, may_be_empty: bool = False) -> dict:
     """Prepare a saved state_dict() for optimizer.load_state_dict. Both optimizers must have the same options.
 
     The values of the options (learning rate, decay ...) are taken from `optimizer`, not from `saved`. It must be one of
-    optimizers.py; either every parameter has state or none has. Raises ValueError for state that doesn't fit: torch
-    checks no shapes, and its fused steps would read past the end of a tensor smaller than its parameter, or mix up the
-    elements if the memory format differs.
+    optimizers.py. Every parameter must have the state that a step leaves, or none if it `may_be_empty`, as before the
+    first step. Raises ValueError for state that doesn't fit: torch checks no shapes, and its fused steps would read
+    past the end of a tensor smaller than its parameter, or mix up the elements if the memory format differs.
     """
     current = optimizer.state_dict()
     if isinstance(optimizer, torch.optim.LBFGS):  # it has one state for all parameters
         _check_lbfgs(optimizer, saved["state"])
         return {"state": saved["state"], "param_groups": current["param_groups"]}
-    states, kinds = {}, {}
-    # Muon's parameters, and the others, must each have states of one kind: the same names and types.
-    parameters = [(p, group.get("use_muon")) for group in optimizer.param_groups for p in group["params"]]
-    for i, (parameter, use_muon) in enumerate(parameters):
+    states = {}
+    empty = may_be_empty and not saved["state"]
+    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    for i, (parameter, group) in enumerate(parameters):
         old = saved["state"].get(i, {})
-        kinds.setdefault(use_muon, set()).add(frozenset((name, type(value)) for name, value in old.items()))
+        kind = {name: type(value) for name, value in old.items()}
+        if not empty and kind != _left_by_a_step(optimizer, group):
+            raise ValueError("the optimizer's state is not that which its steps leave")
         for name, value in old.items():
             wanted = () if name in SCALARS else parameter.shape
             if isinstance(value, torch.Tensor) and value.shape != wanted:
                 raise ValueError(f"the optimizer's {name} is {tuple(value.shape)}, expected {tuple(wanted)}")
             if isinstance(value, torch.Tensor) and value.isnan().any():
                 raise ValueError(f"the optimizer's {name} has values that are not numbers")
+            if isinstance(value, torch.Tensor) and not value.is_floating_point():
+                raise ValueError(f"the optimizer's {name} is {value.dtype}")
+            if name in NEVER_NEGATIVE and (value < 0).any():
+                raise ValueError(f"the optimizer's {name} has values below 0")
+            if name == "step" and not 1 <= value < 2**53:
+                raise ValueError(f"the optimizer's step is {value:g}")
             if isinstance(value, torch.Tensor) and name not in SCALARS:
                 value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
             states.setdefault(i, {})[name] = value
-    if any(len(kind) > 1 for kind in kinds.values()):
-        raise ValueError("the optimizer's state is not of the same kind for all parameters")
     return {"state": states, "param_groups": current["param_groups"]}
+
+
+def _left_by_a_step(optimizer, group) -> dict:
+    """The names and types of the state that a step leaves for a parameter of a group."""
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    groups = [{**group, "params": [parameter]}]
+    if "use_muon" in group and not group["use_muon"]:  # Muon wants a matrix of its own
+        groups.append({"params": [torch.nn.Parameter(torch.zeros(2, 2))], "use_muon": True})
+    trial = type(optimizer)(groups, lr=0.1)
+    trial.step()
+    return {name: type(value) for name, value in trial.state[parameter].items()}
 
 
 LBFGS_KINDS = {
@@ -365,7 +404,10 @@ def _check_lbfgs(optimizer, saved):
     """Raise ValueError unless every vector in L-BFGS's state has a number for each parameter."""
     total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     state = saved.get(0, {})
-    if set(saved) - {0} or state.keys() - {"func_evals", "n_iter", *LBFGS_KINDS}:
+    counts = [state.get(name) for name in ("func_evals", "n_iter")]
+    if set(saved) != {0} or not all(type(count) is int and count >= 1 for count in counts):
+        raise ValueError("the optimizer's state is not L-BFGS's")
+    if state.keys() | {"al"} != {"func_evals", "n_iter", *LBFGS_KINDS}:
         raise ValueError("the optimizer's state is not L-BFGS's")
     for name, kind in LBFGS_KINDS.items():
         values = state.get(name, [])
@@ -375,8 +417,11 @@ def _check_lbfgs(optimizer, saved):
             number = isinstance(value, (int, float)) or scalar
             if not {"vector": vector, "number": number, "any": number or value is None}[kind]:
                 raise ValueError(f"the optimizer's {name} doesn't fit the parameters")
+            if isinstance(value, torch.Tensor) and value.isnan().any():
+                raise ValueError(f"the optimizer's {name} has values that are not numbers")
     lengths = {len(state.get(name) or []) for name in ("old_dirs", "old_stps", "ro")}
-    if len(lengths) > 1 or not all(isinstance(state.get(name, 0), int) for name in ("func_evals", "n_iter")):
+    most, al = optimizer.param_groups[0]["history_size"], state.get("al")
+    if len(lengths) > 1 or max(lengths) > most or (al is not None and len(al) != most):
         raise ValueError("the optimizer's state contradicts itself")
 
 

@@ -68,7 +68,7 @@ def complain(program, error):
     if sys.stderr is None:  # closed by the parent process
         return
     with contextlib.suppress(OSError, ValueError):  # a closed terminal
-        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+        print(one_line(f"{program}: error: {error}"), file=sys.stderr)
 
 
 def exit_status(program, function, *, flags=str):

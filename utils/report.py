@@ -14,8 +14,11 @@
 Throughout, logits are float (n, classes) and labels int64 (n,), both on the CPU. Needs torch, and matplotlib to plot.
 """
 
+import io
+import logging
 import math
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -94,20 +97,23 @@ def as_text(matrix, classes):
 
 def new_figure(width, height):
     """A white figure of that many inches. Raises ImportError without matplotlib."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can't write a cache of fonts
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure, path):
-    """Write a figure; a $ in the name of a class is a $, and a letter that no font has is an empty box."""
+    """Write a figure as PNG; a $ in the name of a class is a $, and a letter that no font has is an empty box."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)
+    plot = io.BytesIO()  # a figure that can't be drawn replaces no file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        figure.savefig(path, dpi=150)
+        figure.savefig(plot, dpi=150)
+    Path(path).write_bytes(plot.getbuffer())
 
 
 def draw_confusion(matrix, classes, path):

@@ -73,7 +73,10 @@ def restore(run, progress, checkpoint: dict):
         if run.ema:
             run.ema.load_state_dict({"model": checkpoint["state_dict"], "updates": checkpoint["ema"]["updates"]})
         run.model.load_state_dict(checkpoint["ema"]["trained"] if run.ema else checkpoint["state_dict"])
-        run.optimizer.load_state_dict(checkpoints.optimizer_state(run.optimizer, checkpoint["optimizer"]))
+        # In fp16 all steps so far may have been skipped.
+        may_be_empty = checkpoint["step"] == 0 or bool(checkpoint["scaler"])
+        state = checkpoints.optimizer_state(run.optimizer, checkpoint["optimizer"], may_be_empty=may_be_empty)
+        run.optimizer.load_state_dict(state)
         for state in run.optimizer.state.values():
             if "mu_product" in state:  # NAdam reads this number in every step: on a GPU each read would wait
                 state["mu_product"] = state["mu_product"].cpu()
@@ -126,14 +129,19 @@ def folder_of_run(run, progress, best: dict | None) -> run_folder.RunFolder:
 
     old_best = distributed.on_main(load_best)
     folder = run_folder.open_folder(args.out if moved else old_folder, default, going_on=not moved)
-    if history:  # the run may have been killed after it saved last.pt, before it wrote these
-        folder.write_metrics(history)
-        if best and not best_is_older:
-            folder.save("best.pt", best_content(run, progress))
-        elif old_best and moved:
-            folder.save("best.pt", old_best)
-    if moved:  # so that a restart finds all that it needs in the new folder
-        folder.save("last.pt", last_content(run, progress))
+    try:
+        if history:  # the run may have been killed after it saved last.pt, before it wrote these
+            folder.write_metrics(history)
+            if best and not best_is_older:
+                folder.save("best.pt", best_content(run, progress))
+            elif old_best and moved:
+                folder.save("best.pt", old_best)
+        if moved:  # so that a restart finds all that it needs in the new folder
+            folder.save("last.pt", last_content(run, progress))
+    except BaseException:
+        if moved:
+            folder.discard("metrics.csv", "best.pt", "last.pt")
+        raise
     return folder
 
 

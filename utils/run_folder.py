@@ -109,9 +109,15 @@ class RunFolder:
             self.file.close()  # Windows removes no open file
             self.file = None
             (self.path / "log.txt").unlink()
-            with contextlib.suppress(OSError):
-                for folder in self.made:
-                    folder.rmdir()  # only if it's empty
+            remove_empty(self.made)
+
+    def discard(self, *names):
+        """Remove the named files, which this process has written into a new folder, and the folder."""
+        if self.file:
+            for name in names:
+                (self.path / name).unlink(missing_ok=True)
+            self.remove_if_unused()
+        self.close()
 
     def close(self):
         if self.file:
@@ -125,6 +131,12 @@ class RunFolder:
 
     def __exit__(self, *error):
         self.close()
+
+
+def remove_empty(folders):
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if it's empty
 
 
 def print_line(line):
@@ -161,24 +173,29 @@ def _claim(out, default, going_on):
         if not out and holds_run(path):
             continue
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        held = None
+        held = claimed = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             if os.name == "posix":
                 held = os.open(path, os.O_RDONLY)  # follows the folder if it is moved
             free = held is None or lock(held)
             if free and (going_on or not holds_run(path)):
-                if (path / "log.txt").exists() and not (path / "log.txt").is_file():
+                log = path / "log.txt"
+                if os.path.islink(log) or (log.exists() and not log.is_file()):
                     raise ValueError(f"--out {path} has a log.txt that is no file: name another folder")
-                log = open(path / "log.txt", "a", buffering=1, encoding="utf-8", errors="backslashreplace")
-                return RunFolder(path, log, held, made)
-            if held is not None:  # it's taken: try the next name
-                os.close(held)
+                file = open(log, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
+                claimed = RunFolder(path, file, held, made)
+                return claimed
             if out and not free:
                 raise ValueError(f"--out {path} is being written by a run that is alive: name another folder")
         except (OSError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or error
             raise ValueError(f"--out {path} can't be written ({why}): name another folder") from None
+        finally:
+            if not claimed:
+                if held is not None:
+                    os.close(held)
+                remove_empty(made)
     remedy = "name another folder"
     if (candidates[0] / "last.pt").exists():
         remedy += ", or --resume its last.pt"
