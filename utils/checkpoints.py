@@ -356,29 +356,29 @@ def optimizer_state(optimizer: torch.optim.Optimizer, saved: dict, *, may_be_emp
         _check_lbfgs(optimizer, saved["state"])
         return {"state": saved["state"], "param_groups": current["param_groups"]}
     states = {}
-    empty = may_be_empty and not saved["state"]
-    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-    for i, (parameter, group) in enumerate(parameters):
-        old = saved["state"].get(i, {})
-        kind = {name: type(value) for name, value in old.items()}
-        if not empty and kind != _left_by_a_step(optimizer, group):
-            raise ValueError("the optimizer's state is not that which its steps leave")
-        for name, value in old.items():
-            wanted = () if name in SCALARS else parameter.shape
-            if isinstance(value, torch.Tensor) and value.shape != wanted:
-                raise ValueError(f"the optimizer's {name} is {tuple(value.shape)}, expected {tuple(wanted)}")
-            if isinstance(value, torch.Tensor) and value.isnan().any():
-                raise ValueError(f"the optimizer's {name} has values that are not numbers")
-            if isinstance(value, torch.Tensor) and not value.is_floating_point():
-                raise ValueError(f"the optimizer's {name} is {value.dtype}")
-            if name in NEVER_NEGATIVE and (value < 0).any():
-                raise ValueError(f"the optimizer's {name} has values below 0")
-            if name == "step" and not 1 <= value < 2**53:
-                raise ValueError(f"the optimizer's step is {value:g}")
-            if isinstance(value, torch.Tensor) and name not in SCALARS:
-                value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
-            states.setdefault(i, {})[name] = value
+    for group, numbered in zip(optimizer.param_groups, current["param_groups"], strict=True):
+        wanted = {} if may_be_empty and not saved["state"] else _left_by_a_step(optimizer, group)
+        for i, parameter in zip(numbered["params"], group["params"], strict=True):
+            old = saved["state"].get(i, {})
+            if {name: type(value) for name, value in old.items()} != wanted:
+                raise ValueError("the optimizer's state is not that which its steps leave")
+            if old:
+                states[i] = {name: _checked_state(name, value, parameter) for name, value in old.items()}
     return {"state": states, "param_groups": current["param_groups"]}
+
+
+def _checked_state(name, value, parameter):
+    """A value of an optimizer's state of a parameter, in the parameter's memory format. Raises ValueError."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    wanted = () if name in SCALARS else parameter.shape
+    if value.shape != wanted:
+        raise ValueError(f"the optimizer's {name} is {tuple(value.shape)}, expected {tuple(wanted)}")
+    if not value.is_floating_point() or value.isnan().any():
+        raise ValueError(f"the optimizer's {name} has values that are not numbers")
+    if (name in NEVER_NEGATIVE and (value < 0).any()) or (name == "step" and not 1 <= value < 2**53):
+        raise ValueError(f"the optimizer's {name} has values that are too small")
+    return value if name in SCALARS else torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
 
 
 def _left_by_a_step(optimizer, group) -> dict:
