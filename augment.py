@@ -324,7 +324,7 @@ def show(images: Tensor, path, **options) -> None:
         label = "\n".join(f"{name} {value}" for name, value in chosen.items())
         ImageDraw.Draw(plot).text((4, 100 * row + 4), label or "as they are", "black")
     drawn = io.BytesIO()  # a plot that can't be drawn replaces no file
-    plot.save(drawn, format={"jpg": "jpeg"}.get(path[-3:].lower(), path.rpartition(".")[2]))
+    plot.save(drawn, format=Image.registered_extensions()[os.path.splitext(path)[1].lower()])
     with open(path, "wb") as file:
         file.write(drawn.getbuffer())
 

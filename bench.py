@@ -237,9 +237,10 @@ def command(argv):
         raise ValueError(f"--turns {args.turns} must be >= 1 and --seconds {args.seconds} a finite number above 0")
     if args.until is not None and not 0 < args.until < 1:
         raise ValueError(f"--until {args.until} must be above 0 and below 1: it is an accuracy")
-    for name in ("models", "turns", "seconds"):
-        if args.until is not None and getattr(args, name) != make_parser().get_default(name):
-            raise ValueError(f"--{name} has no effect with --until: leave it out")
+    if args.until is not None:
+        for name in ("models", "turns", "seconds"):
+            if getattr(args, name) != make_parser().get_default(name):
+                raise ValueError(f"--{name} has no effect with --until: leave it out")
     if args.out:  # now, rather than after minutes of measuring
         try:
             checkpoints.check_not_in_the_way(args.out)

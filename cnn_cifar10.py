@@ -167,16 +167,14 @@ def main():
     """Print what a model costs: parameters, multiply-adds, shapes."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    parser = argparse.ArgumentParser(
-        description="Print what the model costs.", allow_abbrev=False, usage=argparse.SUPPRESS
-    )
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False, usage=argparse.SUPPRESS)
     add_args(parser)
     args = parser.parse_args()
     try:
         with torch.device("meta"):  # takes no memory
             model = build(args, image_size=32, channels=3, num_classes=10)
             images = torch.randn(1, 3, 32, 32)
-    except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:  # sizes that no memory can hold
+    except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:  # sizes that make no network
         parser.error(str(error).split("\n")[0])
     with FlopCounterMode(display=False) as counter:
         logits = model.eval()(images)

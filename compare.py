@@ -13,6 +13,7 @@ It ends with a table, compare.json, compare.md and compare.png. The test set sta
 """
 
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -35,7 +36,7 @@ from utils import arguments, checkpoints, errors, evaluation, models, repeat, ru
 from utils.finetune import few
 
 MOST_RUNS = 10_000
-LONGEST_NAME = 200  # of a variant: a folder is called by it
+LONGEST_NAME = 200  # of a variant, which names a folder
 TEST_NOTE = {
     "winner": "The test set was read for the winner by validation alone.",
     "all": "The test set was read for every variant: the best of these test accuracies is too good a number.",
@@ -189,6 +190,16 @@ def rank(results, failures, variants):
     return sorted(rows, key=lambda row: -row.get("val_acc", -1.0))
 
 
+def meaning(flags):
+    """The arguments of a run that a finished one must share to count in its place."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            args = arguments.plain(arguments.parse(flags, "compare.py")[0])
+    except (SystemExit, ValueError, OSError):  # they were right once
+        return flags
+    return {name: args[name] for name in args.keys() - (arguments.MAY_CHANGE - {"epochs", "patience"})}
+
+
 def reject_another(out, variants, flags):
     """Raise ValueError if a folder holds another comparison, or other files, that would be overwritten."""
     files = [out / name for name in ("compare.json", "compare.md", "compare.png")]  # in the order of writing
@@ -201,7 +212,8 @@ def reject_another(out, variants, flags):
         content = json.loads(files[0].read_text())
         before = {row["name"]: content["flags"] + row["flags"] for row in content["variants"]}
         lost = [name for name in before if name not in variants]
-        changed = [name for name in before if name not in lost and before[name] != flags + variants[name]]
+        now = {name: flags + variants[name] for name in before if name in variants}
+        changed = [name for name in now if meaning(now[name]) != meaning(before[name])]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         of = ", ".join(path.name for path in there)
         raise ValueError(f"{of} in --out {out} are no comparison's, and would be overwritten: name another") from None

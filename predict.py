@@ -85,11 +85,11 @@ def check(args):
         raise ValueError(f"--attention {args.attention} needs one image, {len(args.images)} are given")
     if mode == "attention" and not args.attention.endswith(".png"):
         raise ValueError(f"--attention {args.attention} must end in .png")
-    if mode == "attention" and Path(args.attention).exists() and not Path(args.attention).is_file():
-        raise ValueError(f"--attention {args.attention} is no file: name another one")
-    for path in (args.checkpoint, *args.images):
-        if mode == "attention" and all(map(os.path.exists, (args.attention, path))):
-            if os.path.samefile(args.attention, path):
+    if mode == "attention" and os.path.exists(args.attention):
+        if not os.path.isfile(args.attention):
+            raise ValueError(f"--attention {args.attention} is no file: name another one")
+        for path in (args.checkpoint, *args.images):
+            if os.path.exists(path) and os.path.samefile(args.attention, path):
                 raise ValueError(f"--attention {args.attention} is {path} itself: name another file")
     if mode == "images" and not args.images:
         raise ValueError("nothing to do: name image files or folders, --report DATA or --export FILE")

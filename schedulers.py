@@ -282,6 +282,7 @@ def main():
         name, _, rest = str(error).partition(" ")
         parser.error(f"--{name.replace('_', '-')} {rest}" if name in options else str(error))
     if args.plot:
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can't write a cache of fonts
         try:
             plot(multipliers, args.lr, args.epochs, args.plot)
         except (ValueError, OSError, RuntimeError) as error:  # such as matplotlib's, set to LaTeX where there is none
@@ -303,7 +304,6 @@ def main():
 
 
 def plot(multipliers, lr, epochs, path):
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can't write a cache of fonts
     from matplotlib.figure import Figure
 
     columns = min(3, len(multipliers))

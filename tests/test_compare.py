@@ -158,6 +158,7 @@ def test_a_folder_with_other_runs_is_rejected(tiny, monkeypatch, capsys):
     assert compared(*BASE, *cases, "--batch-size", 32, "--out", "c") == 2
     assert "holds a comparison with other flags for " in capsys.readouterr().err
     assert {path: path.read_bytes() for path in Path("c").rglob("*") if path.is_file()} == before
+    assert compared("--case", "b: --lr 1e-3", *BASE, "--case", "a: --lr 0.01", "--log-interval", 1, "--out", "c") == 0
     for path in Path("c").glob("compare.*"):  # as if it had been interrupted
         path.unlink()
     assert compared(*BASE, *cases, "--batch-size", 32, "--out", "c") == 1

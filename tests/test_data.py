@@ -481,24 +481,16 @@ def test_a_cache_with_other_pixels_is_made_anew(tmp_path):
     assert data.load(str(tmp_path / "pets"), tmp_path, img_size=8).note == ""
 
 
-def test_a_cache_that_is_emptied_changes_no_images_at_hand(tmp_path):
-    write_folder(tmp_path / "pets")
-    pets, path = cached(tmp_path / "pets", tmp_path)
-    loaded = data.load(str(tmp_path / "pets"), tmp_path, img_size=8)
-    path.write_bytes(b"")
-    assert torch.equal(loaded.train.images, pets)
-
-
 def test_images_of_too_many_pixels_and_of_other_formats_are_named(tmp_path):
     write_folder(tmp_path / "pets")
     path = tmp_path / "pets" / "train" / "cat" / "zz.png"
-    Image.new("1", (20_000, 6_000)).save(path)
-    with pytest.raises(ValueError, match=r"zz.png .*20000 x 6000 pixels are more than 100,000,000"):
+    Image.new("1", (20_000, 10_000)).save(path)
+    with pytest.raises(ValueError, match=r"zz.png .*pixels"):
         data.load(str(tmp_path / "pets"), tmp_path, img_size=8)
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")  # for which Pillow would start Ghostscript
     with pytest.raises(ValueError, match=r"zz.png .*cannot identify image file"):
         data.load(str(tmp_path / "pets"), tmp_path, img_size=8)
     path.unlink()
     path.symlink_to("nowhere")
-    with pytest.raises(ValueError, match=r"zz.png is no file: remove it"):
+    with pytest.raises(ValueError, match=r"zz.png can't be read .*: repair or remove it"):
         data.load(str(tmp_path / "pets"), tmp_path, img_size=8)

@@ -39,6 +39,7 @@ import compare
 import data as datasets
 import diagnose
 import mlp_mnist
+import optimizers
 import plot
 import predict
 import schedulers
@@ -1211,7 +1212,9 @@ def test_a_plot_that_cannot_be_drawn_replaces_no_file(tmp_path, monkeypatch):
     for name in ("old.png", "old.jpg", "old.h5", "old.ps"):
         Path(name).write_text("mine")
 
-    def savefig(*args, **options):
+    def savefig(self, target, *args, **options):
+        if not hasattr(target, "write"):
+            open(target, "wb").close()
         raise RuntimeError("no LaTeX")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
@@ -1288,9 +1291,49 @@ def test_a_benchmark_until_an_accuracy_rejects_what_has_no_effect(capsys):
 
 
 @pytest.mark.parametrize(
-    "module, argv", [(vit, "--dim 30000 --heads 3 --mlp-dim 90000"), (mlp_mnist, "--hidden 90000,90000")]
+    "module, argv", [(vit, "--dim 300000 --heads 3 --mlp-dim 900000"), (mlp_mnist, "--hidden 900000,900000")]
 )
 def test_what_a_model_costs_takes_no_memory(module, argv, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module.__name__, *argv.split()])
     module.main()
     assert "parameters" in capsys.readouterr().out
+
+
+def test_what_is_removed_is_this_runs_own(tiny):
+    folder = run_folder.open_folder("new", "default")
+    os.rename("new", "old")
+    Path("new").mkdir()
+    Path("new/best.pt").write_text("of another run")
+    folder.discard("best.pt")
+    assert Path("new/best.pt").exists() and Path("old/log.txt").exists()
+
+
+def test_a_folder_that_another_run_has_just_made_stays(tiny, monkeypatch):
+    """The other one has made and locked it, and not yet written its log, when this one looks."""
+    real, others = Path.mkdir, []
+
+    def mkdir(path, *args, **options):
+        real(path, *args, **options)
+        if not others:
+            others.append(os.open(path, os.O_RDONLY))
+            assert run_folder.lock(others[0])
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    mine = run_folder.open_folder(None, "default")
+    assert mine.path == Path("default-2") and Path("default").is_dir()
+    mine.close()
+    os.close(others[0])
+
+
+@pytest.mark.parametrize("opt", ["adamw", "adagrad"])
+def test_a_state_whose_steps_were_all_skipped_is_taken_in_fp16_alone(opt):
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = optimizers.OPTIMIZERS[opt]([{"params": [parameter]}], lr=0.1)
+    parameter.grad = torch.ones(2, 2)
+    if opt == "adamw":
+        optimizer.found_inf = torch.tensor(1.0)
+        optimizer.step()
+    saved = optimizer.state_dict()
+    assert checkpoints.optimizer_state(optimizer, saved, may_be_empty=True)["state"][0]["step"] == 0
+    with pytest.raises(ValueError, match="step"):
+        checkpoints.optimizer_state(optimizer, saved)

@@ -279,7 +279,7 @@ def reject_another_run(resumed, given, defaults, actions):
         kind, choices = actions[name].type, actions[name].choices
         wanted = type(default) if default is not None else kind
         as_float = wanted is float and type(value) is int
-        if value is not None and wanted in KINDS and type(value) is not wanted and not as_float:
+        if value is not None and isinstance(wanted, type) and type(value) is not wanted and not as_float:
             raise ValueError(f"--resume holds {flag_name(name)} {value!r}, which is no {wanted.__name__}")
         if value is not None and choices and value not in choices:
             raise ValueError(f"--resume holds {flag_name(name)} {value!r}, which is none of {', '.join(choices)}")
@@ -288,8 +288,6 @@ def reject_another_run(resumed, given, defaults, actions):
             was = f"the one in --resume has {resumed[name]}"
             raise ValueError(f"{flag_name(name)} {given[name]} would make it another run: {was}")
 
-
-KINDS = (bool, int, float, str, list, tuple)  # of the values of flags
 
 # ---------------------------------------------------------------------------------------------- what is rejected
 

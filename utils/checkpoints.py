@@ -57,7 +57,7 @@ COLUMNS = "epoch step lr train_loss train_acc val_loss val_acc seconds images_pe
 PLAIN = {"model_args", "classes", "mean", "std", "metrics", "args", "history", "scaler"}  # hold no tensors
 DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool
 SCALARS = ("step", "mu_product")  # in an optimizer's state of a parameter; all else in it has the parameter's shape
-NEVER_NEGATIVE = ("exp_avg_sq", "square_avg", "acc_delta", "sum")  # means and sums of squares there
+NEVER_NEGATIVE = ("exp_avg_sq", "square_avg", "acc_delta", "sum")  # there: means and sums of squares
 MOST_VALUES = 1_000_000  # a history has nine values an epoch
 DEEPEST = 8  # levels of nesting
 MOST_TEXT = 10_000_000  # characters beyond the file's length: a pickle stores a repeated column name once
@@ -299,9 +299,10 @@ def _validate_description(content, damaged):
 def _validate_progress(content, damaged):
     """What last.pt says of how far the run has come."""
     step = content["step"]
-    if not 0 <= step < 2**53 or not 0 <= content["seconds"] < math.inf:
+    if not 1 <= step < 2**53 or not 0 <= content["seconds"] < math.inf:
         raise damaged(f"its step is {step}")
-    before, validated = 0, content["args"].get("val_split") != 0
+    before = 0
+    validated = content["args"].get("val_split") != 0
     for epoch, row in enumerate(content["history"], start=1):
         numbers = isinstance(row, dict) and {type(value) for value in row.values()} <= {int, float}
         if not numbers or list(row) != COLUMNS or row["epoch"] != epoch:
@@ -309,12 +310,9 @@ def _validate_progress(content, damaged):
         if not before < row["step"] <= step:
             raise damaged(f"its history is ahead of its step {step}")
         before = row["step"]
-        known = [row["train_loss"], row["seconds"], row["images_per_second"]]
-        shares = [row["train_acc"]]
-        if validated:
-            known.append(row["val_loss"])
-            shares.append(row["val_acc"])
-        possible = all(map(math.isfinite, known)) and all(0 <= share <= 1 for share in shares) and row["seconds"] > 0
+        finite = [row["train_loss"], row["seconds"], row["images_per_second"]] + validated * [row["val_loss"]]
+        shares = [row["train_acc"]] + validated * [row["val_acc"]]
+        possible = all(map(math.isfinite, finite)) and all(0 <= share <= 1 for share in shares) and row["seconds"] > 0
         if not possible or math.isnan(row["val_acc"]) == validated:
             raise damaged(f"a row of its history is {str(row)[:200]}")
     totals = content["totals"]
@@ -322,13 +320,8 @@ def _validate_progress(content, damaged):
         raise damaged("its totals are no three numbers that fit each other")
     if (totals[2] == 0) != (step == before):
         raise damaged(f"its totals of {totals[2]:g} images don't fit its step {step}, after {before} in its history")
-    scaler = content["scaler"]
-    if scaler:
-        numbers = [scaler.get(name) for name in ("scale", "growth_factor", "backoff_factor")]
-        counts = [scaler.get(name) for name in ("growth_interval", "_growth_tracker")]
-        fits = all(type(x) is float and 0 < x < 1e38 for x in numbers) and all(type(x) is int for x in counts)
-        if not fits or not numbers[2] < 1 < numbers[1] or not 0 <= counts[1] <= counts[0] < 2**31:
-            raise damaged(f"its scaler is {str(scaler)[:200]}")
+    if content["scaler"]:
+        _validate_scaler(content["scaler"], damaged)
     groups, states = content["optimizer"].get("param_groups"), content["optimizer"].get("state")
     if not isinstance(groups, list) or not isinstance(states, dict):
         raise damaged("its optimizer has no state")
@@ -336,20 +329,27 @@ def _validate_progress(content, damaged):
         raise damaged("its optimizer's state is no dict for each parameter")
     if content["ema"] and not (isinstance(content["ema"].get("updates"), int) and content["ema"]["updates"] >= 0):
         raise damaged("its ema has no number of updates")
-    if not content["rng"]:
+    rng = content["rng"]
+    if not rng or not all(isinstance(s, dict) and isinstance(s.get("cpu"), torch.Tensor) and "cuda" in s for s in rng):
         raise damaged("it holds no random-number states")
-    for state in content["rng"]:
-        if not isinstance(state, dict) or not isinstance(state.get("cpu"), torch.Tensor) or "cuda" not in state:
-            raise damaged("it holds no random-number states")
+
+
+def _validate_scaler(scaler, damaged):
+    """What the GradScaler of fp16 leaves."""
+    numbers = [scaler.get(name) for name in ("scale", "growth_factor", "backoff_factor")]
+    counts = [scaler.get(name) for name in ("growth_interval", "_growth_tracker")]
+    fits = all(type(x) is float and 0 < x < 1e38 for x in numbers) and all(type(x) is int for x in counts)
+    if not fits or not numbers[2] < 1 < numbers[1] or not 0 <= counts[1] <= counts[0] < 2**31:
+        raise damaged(f"its scaler is {str(scaler)[:200]}")
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, saved: dict, *, may_be_empty: bool = False) -> dict:
     """Prepare a saved state_dict() for optimizer.load_state_dict. Both optimizers must have the same options.
 
     The values of the options (learning rate, decay ...) are taken from `optimizer`, not from `saved`. It must be one of
-    optimizers.py. Every parameter must have the state that a step leaves, or none if it `may_be_empty`, as before the
-    first step. Raises ValueError for state that doesn't fit: torch checks no shapes, and its fused steps would read
-    past the end of a tensor smaller than its parameter, or mix up the elements if the memory format differs.
+    optimizers.py. Every parameter must have the state that a step leaves, or none if it `may_be_empty`, as in fp16 when
+    every step was skipped. Raises ValueError for state that doesn't fit: torch checks no shapes, and its fused steps
+    would read past the end of a tensor smaller than its parameter, or mix up the elements if the memory format differs.
     """
     current = optimizer.state_dict()
     if isinstance(optimizer, torch.optim.LBFGS):  # it has one state for all parameters
@@ -363,20 +363,19 @@ def optimizer_state(optimizer: torch.optim.Optimizer, saved: dict, *, may_be_emp
             if {name: type(value) for name, value in old.items()} != wanted:
                 raise ValueError("the optimizer's state is not that which its steps leave")
             if old:
-                states[i] = {name: _checked_state(name, value, parameter) for name, value in old.items()}
+                first = 0 if may_be_empty else 1  # the fewest steps that it may count
+                states[i] = {name: _checked_state(name, value, parameter, first) for name, value in old.items()}
     return {"state": states, "param_groups": current["param_groups"]}
 
 
-def _checked_state(name, value, parameter):
-    """A value of an optimizer's state of a parameter, in the parameter's memory format. Raises ValueError."""
-    if not isinstance(value, torch.Tensor):
-        return value
+def _checked_state(name, value, parameter, first):
+    """A tensor of an optimizer's state of a parameter, in the parameter's memory format. Raises ValueError."""
     wanted = () if name in SCALARS else parameter.shape
     if value.shape != wanted:
         raise ValueError(f"the optimizer's {name} is {tuple(value.shape)}, expected {tuple(wanted)}")
     if not value.is_floating_point() or value.isnan().any():
         raise ValueError(f"the optimizer's {name} has values that are not numbers")
-    if (name in NEVER_NEGATIVE and (value < 0).any()) or (name == "step" and not 1 <= value < 2**53):
+    if (name in NEVER_NEGATIVE and (value < 0).any()) or (name == "step" and not first <= value < 2**53):
         raise ValueError(f"the optimizer's {name} has values that are too small")
     return value if name in SCALARS else torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
 
@@ -404,10 +403,8 @@ def _check_lbfgs(optimizer, saved):
     """Raise ValueError unless every vector in L-BFGS's state has a number for each parameter."""
     total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     state = saved.get(0, {})
-    counts = [state.get(name) for name in ("func_evals", "n_iter")]
-    if set(saved) != {0} or not all(type(count) is int and count >= 1 for count in counts):
-        raise ValueError("the optimizer's state is not L-BFGS's")
-    if state.keys() | {"al"} != {"func_evals", "n_iter", *LBFGS_KINDS}:
+    counted = all(type(state.get(name)) is int and state[name] >= 1 for name in ("func_evals", "n_iter"))
+    if set(saved) != {0} or not counted or state.keys() | {"al"} != {"func_evals", "n_iter", *LBFGS_KINDS}:
         raise ValueError("the optimizer's state is not L-BFGS's")
     for name, kind in LBFGS_KINDS.items():
         values = state.get(name, [])

@@ -7,6 +7,7 @@ unexpected exception is one line, too, with its place in the code; python -X dev
 """
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -80,6 +81,7 @@ def exit_status(program, function, *, flags=str):
     def interrupt(number):
         raise Interrupted(number)
 
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can't write a cache of fonts
     try:
         with handled(interrupt):
             return function() or 0

@@ -15,7 +15,6 @@ Throughout, logits are float (n, classes) and labels int64 (n,), both on the CPU
 """
 
 import io
-import logging
 import math
 import warnings
 from pathlib import Path
@@ -97,7 +96,6 @@ def as_text(matrix, classes):
 
 def new_figure(width, height):
     """A white figure of that many inches. Raises ImportError without matplotlib."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can't write a cache of fonts
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

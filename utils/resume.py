@@ -74,7 +74,7 @@ def restore(run, progress, checkpoint: dict):
             run.ema.load_state_dict({"model": checkpoint["state_dict"], "updates": checkpoint["ema"]["updates"]})
         run.model.load_state_dict(checkpoint["ema"]["trained"] if run.ema else checkpoint["state_dict"])
         # In fp16 all steps so far may have been skipped.
-        may_be_empty = checkpoint["step"] == 0 or bool(checkpoint["scaler"])
+        may_be_empty = bool(checkpoint["scaler"])
         state = checkpoints.optimizer_state(run.optimizer, checkpoint["optimizer"], may_be_empty=may_be_empty)
         run.optimizer.load_state_dict(state)
         for state in run.optimizer.state.values():

@@ -37,9 +37,13 @@ class RunFolder:
         self.drawn = time.perf_counter()
         self.events = None  # of TensorBoard
 
+    def was_moved(self) -> bool:
+        """Was the folder moved away or replaced?"""
+        return self.held is not None and was_moved(self.path, self.held)
+
     def check_not_moved(self):
         """Raise OSError if the folder was moved away or replaced."""
-        if self.held is not None and was_moved(self.path, self.held):
+        if self.was_moved():
             raise OSError(f"the run's folder {self.path} was moved away or replaced: the run stops")
 
     def log(self, line: str):
@@ -104,8 +108,8 @@ class RunFolder:
         self.log(f"to follow it: tensorboard --logdir {self.path}")
 
     def remove_if_unused(self):
-        """Remove what open_folder made, if nothing has been written into it since."""
-        if self.file and not self.file.tell():
+        """Remove what open_folder made, if it's still there and nothing has been written into it since."""
+        if self.file and not self.file.tell() and not self.was_moved():
             self.file.close()  # Windows removes no open file
             self.file = None
             (self.path / "log.txt").unlink()
@@ -113,10 +117,11 @@ class RunFolder:
 
     def discard(self, *names):
         """Remove the named files, which this process has written into a new folder, and the folder."""
-        if self.file:
-            for name in names:
-                (self.path / name).unlink(missing_ok=True)
-            self.remove_if_unused()
+        with contextlib.suppress(OSError):
+            if self.file and not self.was_moved():
+                for name in names:
+                    (self.path / name).unlink(missing_ok=True)
+                self.remove_if_unused()
         self.close()
 
     def close(self):
@@ -174,6 +179,7 @@ def _claim(out, default, going_on):
             continue
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         held = claimed = None
+        free = True
         try:
             path.mkdir(parents=True, exist_ok=True)
             if os.name == "posix":
@@ -192,10 +198,10 @@ def _claim(out, default, going_on):
             why = getattr(error, "strerror", None) or error
             raise ValueError(f"--out {path} can't be written ({why}): name another folder") from None
         finally:
-            if not claimed:
-                if held is not None:
-                    os.close(held)
+            if not claimed and free:  # else another process has made it, or will write there
                 remove_empty(made)
+            if not claimed and held is not None:
+                os.close(held)
     remedy = "name another folder"
     if (candidates[0] / "last.pt").exists():
         remedy += ", or --resume its last.pt"
