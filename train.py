@@ -16,6 +16,7 @@ the models. A value is the user's, else the model's (RECIPE), else the optimizer
 import argparse
 import itertools
 import math
+import shlex
 import signal
 import sys
 import time
@@ -376,7 +377,8 @@ def finish(run, progress, folder, stopped):
                 folder.log(f"the test loss is {test_loss}: try --eval {folder.path / 'best.pt'} --amp off")
                 stopped, test_loss, test_acc = "non-finite loss", None, None
     elif stopped == "interrupted":
-        folder.log(f"interrupted: continue with python train.py --resume {folder.path / 'last.pt'}")
+        last = shlex.quote(str(folder.path / "last.pt"))
+        folder.log(f"interrupted: continue with python train.py --resume {last}")
     result = run_folder.result_of(run, progress, best, stopped, test_loss, test_acc)
     folder.write_result(result)
     folder.draw(history, best)

@@ -1337,3 +1337,36 @@ def test_a_state_whose_steps_were_all_skipped_is_taken_in_fp16_alone(opt):
     assert checkpoints.optimizer_state(optimizer, saved, may_be_empty=True)["state"][0]["step"] == 0
     with pytest.raises(ValueError, match="step"):
         checkpoints.optimizer_state(optimizer, saved)
+
+
+def test_a_folder_that_torch_cannot_read_from_is_rejected_before_training(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "r\udcff") == 2
+    one_line(capsys, "can't be written")
+    assert not list(tiny.iterdir())
+    write_folder(tiny / "p\udcff", (16, 16))
+    assert call("--data", "p\udcff", "--epochs", 1, "--hidden", 8, "--device", "cpu") == 0
+    assert [path.name for path in Path("runs").iterdir()] == ["mlp-p\\udcff-adamw-cosine"]
+
+
+def test_lbfgs_without_a_gradient_goes_on(tiny, capsys):
+    flags = [*TINY_MLP, "--opt", "lbfgs", "--amp", "auto", "--freeze", "head"]
+    assert call(*flags, "--out", "run") == 0
+    assert last()["optimizer"]["state"][0]["n_iter"] == 0
+    assert call(*flags, "--epochs", 2, "--resume", "run/last.pt") == 0  # --amp auto is what it was, too
+
+
+@pytest.mark.parametrize("content", ["", '{"stopped": "finished", "args": {}}', '{"stopped": []}', "[1]"])
+def test_a_result_of_a_seed_that_is_none_is_named(content, tiny, capsys):
+    flags = [*TINY_MLP, "--runs", 2, "--out", "many"]
+    assert call(*flags) == 0
+    Path("many/result.json").unlink()
+    Path("many/seed-0/result.json").write_text(content)
+    capsys.readouterr()
+    assert call(*flags) == 2
+    one_line(capsys, "many/seed-0/result.json", "remove it")
+
+
+def test_the_command_to_continue_can_be_pasted(tiny, monkeypatch, capsys):
+    halt(monkeypatch, 2)
+    assert call(*TINY_MLP, "--out", "my run") == 130
+    assert "--resume 'my run/last.pt'" in capsys.readouterr().out

@@ -220,6 +220,8 @@ def _parse(argv, program, chosen, resumed):
     given = {name: value for name, value in given.items() if value is not unset}
 
     if resumed is not None:
+        if resumed.get("opt") == "lbfgs" and given.get("amp") == "auto":
+            given["amp"] = "off"  # as in _with_defaults
         reject_another_run(resumed, given, defaults, {action.dest: action for action in parser._actions})
         # A checkpoint must not decide what is run, or where it writes.
         never_resumed = {"out": None, "runs": 1, "eval": None}

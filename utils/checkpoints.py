@@ -403,8 +403,11 @@ def _check_lbfgs(optimizer, saved):
     """Raise ValueError unless every vector in L-BFGS's state has a number for each parameter."""
     total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     state = saved.get(0, {})
-    counted = all(type(state.get(name)) is int and state[name] >= 1 for name in ("func_evals", "n_iter"))
-    if set(saved) != {0} or not counted or state.keys() | {"al"} != {"func_evals", "n_iter", *LBFGS_KINDS}:
+    evaluations, iterations = state.get("func_evals"), state.get("n_iter")
+    counted = type(evaluations) is type(iterations) is int and evaluations >= 1 and iterations >= 0
+    # Without any iteration, where the gradient is 0, there is nothing else.
+    names = {"func_evals", "n_iter", *LBFGS_KINDS} if iterations else {"func_evals", "n_iter", "al"}
+    if set(saved) != {0} or not counted or state.keys() | {"al"} != names:
         raise ValueError("the optimizer's state is not L-BFGS's")
     for name, kind in LBFGS_KINDS.items():
         values = state.get(name, [])

@@ -1,6 +1,7 @@
 """--runs N: the same run with several seeds."""
 
 import json
+import shlex
 from pathlib import Path
 
 from utils import arguments, build, checkpoints, errors, run_folder
@@ -34,7 +35,8 @@ def repeat(args, run_once) -> int:
             if not results and not failed:
                 folder.remove_if_unused()
         if status > 128:
-            run_folder.print_line(f"interrupted: with --out {folder.path} the same command goes on from here")
+            out = shlex.quote(str(folder.path))
+            run_folder.print_line(f"interrupted: with --out {out} the same command goes on from here")
             return status
         if failed:
             folder.log(f"failed: the runs with seed {', '.join(map(str, failed))}; {len(results)} are left")
@@ -56,7 +58,7 @@ def run_seed(args, run_once):
     if (folder / "last.pt").exists():
         checkpoint = checkpoints.load(folder / "last.pt", keys=checkpoints.RESUME_KEYS)
     if (folder / "result.json").is_file():  # without a last.pt, too: of a run that diverged in its first epoch
-        result = json.loads((folder / "result.json").read_text())
+        result = read_result(folder / "result.json")
     if checkpoint or result:
         saved = checkpoint["args"] if checkpoint else result["args"]
         resumable = arguments.MAY_CHANGE - {"epochs", "patience"}
@@ -78,3 +80,15 @@ def run_seed(args, run_once):
         before = {name: saved[name] for name in ("data", "epochs", "warmup_epochs")}
         args = arguments.changed(args, resume=str(folder / "last.pt"), **before)
     return run_once(args, checkpoint)
+
+
+def read_result(path: Path) -> dict:
+    """What a finished or interrupted seed has left. Raises ValueError for anything else."""
+    try:
+        result = json.loads(path.read_text())
+        for name in run_folder.OF_ALL + run_folder.OF_EACH + ("train_pflops", "best_val_acc"):
+            result[name]
+        result["args"]["data"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no result of a run ({type(error).__name__}: {error}): remove it") from None
+    return result

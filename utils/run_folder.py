@@ -19,6 +19,9 @@ import plot
 from utils import arguments, build, checkpoints, devices, distributed, errors
 
 RUN_FILES = ("best.pt", "last.pt", "metrics.csv", "result.json", "curves.png")
+# What result.json of several seeds has of their own: alike in all of them, and of each.
+OF_ALL = ("model", "data", "params", "device", "amp", "torch")
+OF_EACH = ("seed", "test_acc", "test_loss", "best_epoch", "best_val_acc", "epochs_run", "stopped", "train_seconds")
 DRAW_EVERY = 30  # seconds; drawing takes half a second
 
 
@@ -159,6 +162,9 @@ def open_folder(out, default, going_on=False) -> RunFolder:
     and if the folder can't be written.
     """
     folder = None
+    default = (
+        str(default).encode("utf-8", "backslashreplace").decode()
+    )  # the name of a folder of images may not be UTF-8
 
     def claim():
         nonlocal folder
@@ -181,6 +187,7 @@ def _claim(out, default, going_on):
         held = claimed = None
         free = True
         try:
+            str(path).encode()  # torch can't read a checkpoint whose path isn't UTF-8
             path.mkdir(parents=True, exist_ok=True)
             if os.name == "posix":
                 held = os.open(path, os.O_RDONLY)  # follows the folder if it is moved
@@ -394,8 +401,7 @@ def over_seeds(results: list[dict]) -> tuple[str, dict]:
     each = ", ".join(f"{acc:.4f}" for acc in accs)
     text = f"{split} acc {mean:.4f} +- {std:.4f} (mean and standard deviation, n = {len(accs)}: {each}), "
     text += f"{seconds:.1f} s each"
-    same = {key: results[0][key] for key in ("model", "data", "params", "device", "amp", "torch")}
-    own = ("seed", "test_acc", "test_loss", "best_epoch", "best_val_acc", "epochs_run", "stopped", "train_seconds")
+    same = {key: results[0][key] for key in OF_ALL}
     return text, {
         **same,
         f"{split}_acc": mean,
@@ -403,7 +409,7 @@ def over_seeds(results: list[dict]) -> tuple[str, dict]:
         "n": len(accs),
         "train_seconds": seconds,
         "train_pflops": statistics.fmean(result["train_pflops"] for result in results),
-        "runs": [{key: result[key] for key in own} for result in results],
+        "runs": [{key: result[key] for key in OF_EACH} for result in results],
     }
 
 
