@@ -162,9 +162,8 @@ def open_folder(out, default, going_on=False) -> RunFolder:
     and if the folder can't be written.
     """
     folder = None
-    default = (
-        str(default).encode("utf-8", "backslashreplace").decode()
-    )  # the name of a folder of images may not be UTF-8
+    # The name of a folder of images may not be UTF-8.
+    default = str(default).encode("utf-8", "backslashreplace").decode()
 
     def claim():
         nonlocal folder
