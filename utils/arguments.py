@@ -419,7 +419,7 @@ def check_lengths(args):
         "milestones": args.milestones is not None and max(args.milestones) >= length,
         "t_max": args.sched == "cosine" and (args.t_max or 0) > length and schedule(args.epochs) > 0.999,
         "mixup_off_epoch": args.mixup_off_epoch >= args.epochs,
-        "patience_epochs": math.ceil(args.warmup_epochs) + args.patience_epochs + 2 >= args.epochs,
+        "patience_epochs": args.patience_epochs >= length - 1,
         "patience": args.patience >= args.epochs,
     }
     for name, idle in beyond.items():
