@@ -47,6 +47,11 @@ def to_device(tensor: Tensor, device) -> Tensor:
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
+def chunk_size(images: Tensor, device) -> int:
+    """How many images of this size to augment together."""
+    return GPU_CHUNK // images[0].numel() if torch.device(device).type == "cuda" else CHUNK
+
+
 def bounds(n: int, batch_size: int, least: int = 1) -> list[tuple[int, int]]:
     """Return (start, stop) of each batch of n images. A last batch of fewer than `least` joins the one before."""
     edges = [(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
@@ -86,8 +91,7 @@ def batches(
     per_chunk = 1  # batches that are augmented together
     order = torch.arange(n)
     if key is not None:
-        on_gpu = torch.device(device).type == "cuda"
-        per_chunk = max(1, (GPU_CHUNK // all_images[0].numel() if on_gpu else CHUNK) // batch_size)
+        per_chunk = max(1, chunk_size(all_images, device) // batch_size)
         order = torch.randperm(n, generator=seeded(*key))
         flips = alternating_flip(n, *key).to(device) if flip else None
     order = order.to(all_images.device)  # the host, if the set is too large for the device

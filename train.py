@@ -339,7 +339,7 @@ def finish_epoch(run, progress, folder):
 
 
 def lr_multiplier(run, step, history):
-    """What the schedule multiplies every group's initial learning rate by in a step."""
+    """The multiplier of every group's initial learning rate in a step."""
     watched = run.args.sched_monitor or run.args.monitor
     return run.schedule(step / run.steps_per_epoch, [row[watched] for row in history])
 
