@@ -268,8 +268,3 @@ def test_tta_is_the_mean_over_its_views():
     model, images = give_head_weights(mlp_mnist.MLP(hidden=(16,))).eval(), torch.randn(5, 1, 28, 28)
     logits = [model(view) for view in augment.tta_views(images, flip=True)]
     assert len(logits) == 6 and torch.allclose(augment.tta(model, images, flip=True), sum(logits) / 6, atol=1e-6)
-
-
-def test_example_runs_as_printed():
-    lines = [line[4:] for line in augment.__doc__.splitlines() if line.startswith("    ")]
-    exec("\n".join(line for line in lines if not line.startswith("python ")), {})

@@ -293,11 +293,6 @@ def test_it_works_without_standard_error(tmp_path, monkeypatch):
     assert len(data.load(str(write_folder(tmp_path / "pets")), tmp_path).train.labels) == 12
 
 
-def test_example_runs_as_printed():
-    lines = [line[4:] for line in data.__doc__.splitlines() if line.startswith("    ")]
-    exec("\n".join(line for line in lines if not line.startswith("python ")), {})
-
-
 def test_grey_folder_has_one_channel(tmp_path):
     dataset = data.load(str(write_folder(tmp_path / "digits", (28, 28), "L")), tmp_path)
     assert dataset.train[0].shape == (12, 1, 28, 28) and len(dataset.mean) == 1

@@ -258,8 +258,7 @@ def test_a_link_by_the_name_of_a_temporary_file_is_not_written_through(tmp_path)
     assert (tmp_path / "precious.txt").read_text() == "precious"
 
 
-@pytest.mark.parametrize("use", ["--eval", "--resume"])
-@pytest.mark.parametrize("where", ["mean", "args", "metrics"])
+@pytest.mark.parametrize("use, where", [("--eval", "mean"), ("--resume", "args"), ("--resume", "metrics")])
 def test_one_string_in_many_places_is_not_written_out(use, where, tiny, capsys):
     """20 kB that a file shares a million times would make messages of 18 GB."""
     assert call(*TINY_MLP, "--out", "run") == 0

@@ -103,6 +103,7 @@ def easy():
     )
 
 
+@pytest.mark.slow  # the reasons are told apart in CASES; these are real runs
 @pytest.mark.parametrize("words, flags", STANDSTILLS)
 def test_a_real_standstill_is_told(words, flags, tiny, monkeypatch, middling, capsys):
     data = easy() if words == "has converged" else middling
