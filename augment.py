@@ -351,7 +351,7 @@ def main():
     parser.add_argument("--show", required=True, metavar="FILE", help="where to write the plot")
     add_args(parser)
     args = parser.parse_args()
-    if not args.show.lower().endswith((".png", ".jpg", ".webp")):
+    if os.path.splitext(args.show)[1].lower() not in (".png", ".jpg", ".webp"):
         parser.error(f"--show {args.show} must end in .png, .jpg or .webp")
     if os.path.exists(args.show):
         if not os.path.isfile(args.show):

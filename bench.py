@@ -13,12 +13,11 @@ The variants take turns, several times over; speeds are medians over the turns, 
 
 import itertools
 import math
+import os
 import signal
 import statistics
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, __file__.removesuffix("bench.py"))  # python -P leaves this folder out
@@ -244,7 +243,8 @@ def command(argv):
     if args.out:  # now, rather than after minutes of measuring
         try:
             checkpoints.check_not_in_the_way(args.out)
-            tempfile.TemporaryFile(dir=Path(args.out).parent).close()
+            open(f"{args.out}.tmp", "ab").close()
+            os.unlink(f"{args.out}.tmp")
         except OSError as error:
             raise ValueError(f"--out {args.out} can't be written ({error}): name another file") from None
     own = ["--data-dir", args.data_dir, "--device", args.device]

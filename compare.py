@@ -36,7 +36,7 @@ from utils import arguments, checkpoints, errors, evaluation, models, repeat, ru
 from utils.finetune import few
 
 MOST_RUNS = 10_000
-LONGEST_NAME = 200  # of a variant, which names a folder
+LONGEST_NAME = 200  # bytes, of a variant, which names a folder
 TEST_NOTE = {
     "winner": "The test set was read for the winner by validation alone.",
     "all": "The test set was read for every variant: the best of these test accuracies is too good a number.",
@@ -66,6 +66,9 @@ def variants_of(own):
     grid = []
     actions = itertools.chain(*(arguments.make_parser(model, "compare.py")._actions for model in models.MODELS))
     switches = {flag for action in actions if action.nargs == 0 for flag in action.option_strings}
+    names = [values_of(text)[0].replace("-", "_") for text in own.vary]
+    if len(set(names)) < len(names):
+        raise ValueError("two --vary of one flag: put all of its values into one")
     for text in own.vary:
         name, values = values_of(text)
         grid.append([(name, value) for value in values])
@@ -80,11 +83,14 @@ def variants_of(own):
         name, colon, flags = text.partition(":")
         if not colon or not name.strip():
             raise ValueError(f'--case {text} must be a name and its flags, as in --case "adam: --opt adam"')
-        if not name.isprintable() or len(name) > LONGEST_NAME:
-            raise ValueError(f"--case {name} must be a name of at most {LONGEST_NAME} printable characters")
+        if not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+            raise ValueError(f"--case {name} must be a printable name of at most {LONGEST_NAME} bytes")
         variants.append((name.strip(), arguments.split_flags(flags)))
     if len(variants) < 2:
         raise ValueError("there is nothing to compare: give --vary FLAG=A,B, or two or more --case")
+    for name, _ in variants:
+        if folder_name(name).lower().startswith("compare."):
+            raise ValueError(f"{name} is the name of a file of a comparison: choose another one")
     if len({folder_name(name).lower() for name, _ in variants}) < len(variants):
         raise ValueError("two variants would share a folder: their names must differ in more than case and punctuation")
     return dict(variants)
@@ -107,7 +113,7 @@ def flags_of(name, value, switches):
 
 
 def folder_name(name):
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", name).strip("-.") or "case"
+    return re.sub(r"(?:[^\w.+-]|_)+", "-", name).strip("-.") or "case"
 
 
 def run_one(name, args):
@@ -151,7 +157,9 @@ def run_all(variants, parsed, check_not_moved):
                 failures[name] += 1
                 said = f"failed ({result['stopped']})" if result else "failed"
             else:
-                results[name].append(result | {"folder": args.out})  # which may have been moved since it was written
+                # Where things are now: they may have been moved since it was written.
+                here = {"folder": args.out, "data_dir": args.data_dir, "device": args.device}
+                results[name].append(result | here)
                 said = f"val acc {result['best_val_acc']:.4f}"
             clock = f", {run_folder.clock(left)} left" if spent else ""
             run_folder.print_line(f"{done}/{total}  {name}, seed {args.seed}: {said}, {seconds:.1f} s{clock}")
@@ -166,7 +174,8 @@ def test(result):
     held = [metrics.get(name) for name in ("epoch", "val_acc", "val_loss")]
     if held != [result[name] for name in ("best_epoch", "best_val_acc", "best_val_loss")]:
         raise ValueError(f"{path} is not the best epoch of its run: put its own back, or name another --out")
-    where = {name: checkpoint["args"][name] for name in ("data", "data_dir", "device", "amp")}
+    where = {name: checkpoint["args"][name] for name in ("data", "amp")}
+    where |= {name: result[name] for name in ("data_dir", "device")}
     _, _, acc = evaluation.test(checkpoint, path, **where)
     return acc
 
@@ -210,7 +219,7 @@ def reject_another(out, variants, flags):
         if not files[0].exists() or not all(path.is_file() for path in there):  # reading a pipe would wait for ever
             raise ValueError
         content = json.loads(files[0].read_text())
-        before = {row["name"]: content["flags"] + row["flags"] for row in content["variants"]}
+        before = {row["name"]: content["flags"] + row["flags"] for row in content["variants"] if row["n"]}
         lost = [name for name in before if name not in variants]
         now = {name: flags + variants[name] for name in before if name in variants}
         changed = [name for name in now if meaning(now[name]) != meaning(before[name])]
@@ -295,6 +304,8 @@ def command(argv):
         results, failures, status = run_all(variants, parsed, check_not_moved)
         if status:
             return status
+        if not any(results.values()) and (out / "compare.json").exists():
+            raise errors.Failed("no variant has a result: the table from before stays")
         rows = rank(results, failures, variants)
         test_some(rows, results, failures, own.test)
         check_not_moved()

@@ -47,7 +47,7 @@ def parse_args(argv=None):
         if args.opt in ("rprop", "lbfgs"):
             raise ValueError(f"--find-lr can't be used with --opt {args.opt}, which finds the size of its steps itself")
         path = Path(own.find_lr)
-        if path.suffix != ".png" or not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        if path.suffix.lower() != ".png" or not path.parent.is_dir() or (path.exists() and not path.is_file()):
             raise ValueError(f"--find-lr {own.find_lr} must be a .png file in a folder that exists")
     # Flags that don't shape a step, such as --tta, are no mistake: they are those of the run to come. But the batches
     # here are small already, and batch norm needs more than a few images in a micro-batch.

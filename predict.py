@@ -83,7 +83,7 @@ def check(args):
         raise ValueError(f"--{mode} takes no images: leave {args.images[0]} out")
     if mode == "attention" and len(args.images) != 1:
         raise ValueError(f"--attention {args.attention} needs one image, {len(args.images)} are given")
-    if mode == "attention" and not args.attention.endswith(".png"):
+    if mode == "attention" and not args.attention.lower().endswith(".png"):
         raise ValueError(f"--attention {args.attention} must end in .png")
     if mode == "attention" and os.path.exists(args.attention):
         if not os.path.isfile(args.attention):

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import TINY_MLP, halt
+from conftest import TINY_MLP, halt, write_folder
 
 import compare
 import plot
@@ -256,9 +256,9 @@ def test_a_closed_standard_output_costs_no_table(error, tiny, monkeypatch):
 
 def test_a_name_that_is_no_utf_8_costs_no_table(tiny, monkeypatch):
     drawn(monkeypatch)
-    monkeypatch.setattr(compare.arguments, "typed", lambda: "python compare.py --out c\udcff")
-    assert compared(*BASE, "--vary", "lr=0.1,0.001", "--out", "c\udcff") == 1  # torch maps no file of such a name
-    assert r"--out c\udcff" in Path("c\udcff/compare.md").read_text()
+    monkeypatch.setattr(compare.arguments, "typed", lambda: "python compare.py @c\udcff")
+    assert compared(*BASE, "--vary", "lr=0.1,0.001", "--out", "c") == 0
+    assert r"compare.py @c\udcff" in Path("c/compare.md").read_text()
 
 
 @pytest.mark.parametrize("flags", [["--out", ""], ["--out", "c", "--case", ""], ["--out="]])
@@ -344,3 +344,46 @@ def test_a_comparison_whose_folder_is_replaced_writes_nothing_into_the_new_one(t
     assert "moved away or replaced" in capsys.readouterr().err
     assert [path.name for path in Path("c").iterdir()] == ["compare.json"]
     assert Path("c/compare.json").read_text() == "of somebody else"
+
+
+def test_a_table_is_not_lost_to_a_set_that_has_gone(tiny, monkeypatch, capsys):
+    flags = ["--model", "mlp", "--hidden", 8, "--epochs", 1, "--device", "cpu", "--batch-size", 8, "--crop-pad", 0]
+    cases = ["--vary", "lr=0.1,0.01", "--out", "c"]
+    write_folder(tiny / "pets", (16, 16), train_count=20)
+    assert compared(*flags, "--data", "pets", "--data-dir", "one", *cases) == 0
+    before = Path("c/compare.json").read_text()
+    tested = content("c")["variants"][0]["test_acc"]
+    os.rename("one", "two")
+    assert compared(*flags, "--data", "pets", "--data-dir", "two", *cases) == 0  # tested where the set is now
+    assert content("c")["variants"][0]["test_acc"] == tested and not Path("one").exists()
+    before = Path("c/compare.json").read_text()
+    os.rename("pets", "gone")
+    assert compared(*flags, "--data", "pets", "--data-dir", "two", *cases) != 0
+    assert Path("c/compare.json").read_text() == before
+
+
+def test_what_failed_can_be_corrected_in_its_folder(tiny, monkeypatch, capsys):
+    drawn(monkeypatch)
+    cases = ["--vary", "lr=0.1,0.01", "--out", "c"]
+    assert compared(*BASE, *cases, "--freeze", "nosuch") == 1
+    assert compared(*BASE, *cases) == 0 and len(content("c")["variants"]) == 2
+
+
+@pytest.mark.parametrize(
+    "cases, said",
+    [
+        ("--vary lr=0.1,0.2 --vary lr=0.3,0.4", "two --vary of one flag"),
+        ("--vary batch-size=8,9 --vary batch_size=10,11", "two --vary of one flag"),
+        ("--case compare.json:--lr=1 --case b:--lr=2", "compare.json is the name of a file"),
+    ],
+)
+def test_variants_that_would_be_mixed_up_are_rejected(cases, said, tiny, capsys):
+    assert compared(*BASE, *cases.split(), "--out", "c") == 2
+    assert said in capsys.readouterr().err and not Path("c").exists()
+
+
+def test_variants_are_named_in_any_alphabet(tiny, monkeypatch):
+    drawn(monkeypatch)
+    assert compared(*BASE, "--case", "\u03b1: --lr 0.1", "--case", "\u03b2: --lr 0.2", "--out", "c") == 0
+    assert {path.name for path in Path("c").iterdir() if path.is_dir()} == {"\u03b1", "\u03b2"}
+    assert compared(*BASE, "--vary", "lr=1,2", "--out", "c\udcff") == 2 and len(list(tiny.iterdir())) == 1

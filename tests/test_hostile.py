@@ -1128,9 +1128,10 @@ def test_a_benchmark_looks_where_it_writes_before_it_measures(tiny, monkeypatch,
     monkeypatch.setattr(bench, "measure", None)
     os.mkfifo("pipe.json")
     Path("b.json.tmp").mkdir()
-    for out in ("pipe.json", "b.json", "nowhere/b.json", "."):
+    for out in ("pipe.json", "b.json", "nowhere/b.json", ".", "new/", 253 * "x"):
         assert bench.main(["--out", out]) == 2
         one_line(capsys, "--out", out)
+        assert not Path(out).is_file()
 
 
 def test_a_plot_that_fails_is_not_the_checkpoints_fault(tiny, monkeypatch, capsys):

@@ -110,7 +110,7 @@ def save(figure, path):
     plot = io.BytesIO()  # a figure that can't be drawn replaces no file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        figure.savefig(plot, dpi=150)
+        figure.savefig(plot, dpi=150, format="png")
     Path(path).write_bytes(plot.getbuffer())
 
 

@@ -231,6 +231,10 @@ def locked(path: Path):
 
     Yields a function that raises Failed if the folder was moved away or replaced since.
     """
+    try:
+        str(path).encode()  # as in _claim
+    except UnicodeError as error:
+        raise ValueError(f"--out {path} can't be written ({error}): name another folder") from None
     path.mkdir(parents=True, exist_ok=True)
     held = os.open(path, os.O_RDONLY) if os.name == "posix" else None
 
