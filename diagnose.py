@@ -196,7 +196,7 @@ def gradients(checked):
     still = [name for name, p in wanted.items() if name not in checked.reached or id(p) not in held]
     found = f"{len(wanted) - len(still)} of {len(wanted)} parameters learn"
     if frozen:
-        found += f" ({len(frozen)} are frozen)"
+        found += f" ({len(frozen)} frozen)"
     if still:
         found += f", not {', '.join(still[:3])}"
     if len(still) > 3:
@@ -302,6 +302,7 @@ def suggest(run, path):
         return
     axis = figure.subplots()
     axis.semilogx(lrs, smooth, color="#0072B2")
+    axis.xaxis.set_major_formatter(lambda lr, _: f"{lr:g}")  # the default is TeX, which report.save turns off
     axis.axvline(suggestion, color="#D55E00", linestyle="--", label=f"suggestion {suggestion:.1g}")
     axis.set(xlabel="learning rate", ylabel="training loss, smoothed", ylim=(0, 1.5 * smooth[0]))
     axis.spines[["top", "right"]].set_visible(False)

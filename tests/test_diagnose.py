@@ -13,7 +13,7 @@ from PIL import Image
 import data as datasets
 import diagnose
 import train
-from utils import build, checkpoints
+from utils import build, checkpoints, report
 
 DIAGNOSE = "--model mlp --hidden 64 --data shapes --batch-size 64 --epochs 4 --device cpu".split()
 
@@ -130,7 +130,7 @@ def test_diagnose_knows_what_is_frozen_on_purpose(flags, frozen, tiny, monkeypat
     plant_in_data(monkeypatch, middling, lambda data: None)
     diagnosed("--model", "cnn", "--widths", "16,16", "--data", "shapes", *flags.split())
     said = capsys.readouterr().out
-    assert f"parameters learn ({frozen} are frozen)" in said and "gradients" not in failed_checks(said), said
+    assert f"parameters learn ({frozen} frozen)" in said and "gradients" not in failed_checks(said), said
 
 
 def test_diagnose_of_few_images_says_that_they_are_few(tiny, capsys):
@@ -198,3 +198,16 @@ def test_diagnose_of_weights_that_know_the_classes(tiny, monkeypatch, middling, 
     said = capsys.readouterr().out
     line = next(line for line in said.splitlines() if "before training" in line)
     assert line.startswith("ok") and float(re.search(r"([0-9.]+) before", line)[1]) < 0.8 * math.log(10), line
+
+
+def test_the_plot_of_find_lr_has_readable_numbers(tiny, monkeypatch):
+    figures, save = [], report.save
+
+    def saved(figure, path):
+        save(figure, path)
+        figures.append(figure)
+
+    monkeypatch.setattr(report, "save", saved)
+    assert diagnose.main([*TINY_MLP, "--find-lr", "lr.png"]) == 0
+    labels = [label.get_text() for label in figures[0].axes[0].get_xticklabels()]
+    assert "0.001" in labels and not any("$" in label for label in labels)
