@@ -63,15 +63,12 @@ def make_parser():
 def variants_of(own):
     """The variants as name -> flags. Raises ValueError for what can't be understood."""
     variants = []  # (name, flags)
-    grid = []
     actions = itertools.chain(*(arguments.make_parser(model, "compare.py")._actions for model in models.MODELS))
     switches = {flag for action in actions if action.nargs == 0 for flag in action.option_strings}
-    names = [values_of(text)[0].replace("-", "_") for text in own.vary]
-    if len(set(names)) < len(names):
+    varied = [values_of(text) for text in own.vary]
+    if len({name.replace("-", "_") for name, _ in varied}) < len(varied):
         raise ValueError("two --vary of one flag: put all of its values into one")
-    for text in own.vary:
-        name, values = values_of(text)
-        grid.append([(name, value) for value in values])
+    grid = [[(name, value) for value in values] for name, values in varied]
     if grid:
         for chosen in itertools.product(*grid):
             words, flags = [], []
