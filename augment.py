@@ -330,7 +330,7 @@ def show(images: Tensor, path, **options) -> None:
     drawn = io.BytesIO()  # a plot that can't be drawn replaces no file
     plot.save(drawn, format=Image.registered_extensions()[os.path.splitext(path)[1].lower()])
     with open(path, "wb") as file:
-        file.write(drawn.getbuffer())
+        file.write(drawn.getvalue())
 
 
 def one_line(text) -> str:

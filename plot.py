@@ -245,7 +245,7 @@ def draw(runs, path, best=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a font lacks a letter of a name: an empty box says so, too
         figure.savefig(plot, dpi=150, format=Path(path).suffix[1:].lower() or "png")
-    Path(path).write_bytes(plot.getbuffer())
+    Path(path).write_bytes(plot.getvalue())
 
 
 def one_line(text) -> str:

@@ -354,7 +354,8 @@ def write_program(model, path, shape):
     if path.suffix == ".pt2":
         buffer = io.BytesIO()  # torch's own writer ends the process when the disk is full
         torch.export.save(torch.export.export(model, (example,), dynamic_shapes=sizes), buffer)
-        path.write_bytes(buffer.getbuffer())
+        with buffer.getbuffer() as view:
+            path.write_bytes(view)
         return torch.export.load(path).module()
     import onnx.reference
     import onnxscript  # noqa: F401  torch.onnx.export needs it

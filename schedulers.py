@@ -324,7 +324,7 @@ def plot(multipliers, lr, epochs, path):
         warnings.simplefilter("ignore")  # of learning rates near the largest number
         figure.savefig(drawn, dpi=120, format=os.path.splitext(path)[1][1:].lower())
     with open(path, "wb") as file:
-        file.write(drawn.getbuffer())
+        file.write(drawn.getvalue())
 
 
 if __name__ == "__main__":

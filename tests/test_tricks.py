@@ -401,3 +401,18 @@ def test_a_file_that_another_program_reads_is_replaced_a_little_later(tmp_path, 
     monkeypatch.setattr(checkpoints.time, "sleep", waited.append)
     checkpoints.write(b"x", tmp_path / "a.pt")
     assert waited == [0.1, 0.5] and [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_failed_save_leaves_no_view_of_its_memory(tmp_path, monkeypatch):
+    """Python 3.13 would complain of it on standard error."""
+    views = []
+
+    def write(content, path):
+        views.append(content)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoints, "write", write)
+    with pytest.raises(OSError, match="no space"):
+        checkpoints.save({"a": torch.zeros(3)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="released"):
+        views[0].tobytes()

@@ -75,7 +75,8 @@ def save(content: dict, path):
     """Write a checkpoint so that `path` always holds a whole one, the old or the new. Raises OSError."""
     buffer = io.BytesIO()  # torch's own writer would hide the reason when the disk is full
     torch.save(content, buffer)
-    write(buffer.getbuffer(), path)
+    with buffer.getbuffer() as view:  # released if writing fails: else Python would complain of it at the end
+        write(view, path)
 
 
 def check_not_in_the_way(path):

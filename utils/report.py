@@ -111,7 +111,7 @@ def save(figure, path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         figure.savefig(plot, dpi=150, format="png")
-    Path(path).write_bytes(plot.getbuffer())
+    Path(path).write_bytes(plot.getvalue())
 
 
 def draw_confusion(matrix, classes, path):
