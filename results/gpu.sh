@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests that need a GPU, then the rows of results/README.md that were measured on one, then bench.py. Stops at the first failure.
+# The tests that need a GPU, then the rows of README.md that were measured on one, then bench.py. Stops at the first failure.
 # Writes into runs/; the folders runs/gpu-* must not exist yet.
 #
 #     results/gpu.sh IMAGES        # a folder of images, such as data/cifar10-images
@@ -12,7 +12,7 @@ python3 train.py --model mlp --device cuda --runs 3 --out runs/gpu-mlp-mnist
 python3 train.py @recipes/mlp-5-minutes.args --device cuda --runs 3 --out runs/gpu-mlp-mnist-strong
 python3 train.py @recipes/gpu-cnn-3-seconds.args --data "$images" --device cuda --runs 3 --out runs/gpu-cnn-cifar10-jpeg
 python3 train.py --model vit --opt adamw --sched cosine --data "$images" --device cuda --out runs/gpu-vit-cifar10-jpeg
-python3 train.py @recipes/gpu-cnn-21-seconds.args --data "$images" --device cuda
-python3 train.py @recipes/gpu-vit-56-seconds.args --data "$images" --device cuda --out runs/gpu-vit-stem-cifar10-jpeg
-python3 train.py @recipes/gpu-vit-98-seconds.args --data "$images" --device cuda --out runs/gpu-vit-cifar10-jpeg-teacher
+python3 train.py @recipes/gpu-cnn-49-seconds.args --data "$images" --device cuda
+python3 train.py @recipes/gpu-vit-146-seconds.args --data "$images" --device cuda --out runs/gpu-vit-alone
+python3 train.py @recipes/gpu-vit-153-seconds.args --data "$images" --device cuda --out runs/gpu-vit-taught
 python3 bench.py --device cuda --out runs/bench-cuda.json
