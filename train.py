@@ -73,8 +73,7 @@ class Run:
 
     def smallest_batch(self, processes):
         """The fewest images in a batch: with batch norm two for each process, else one, so that some may get none."""
-        has_batch_norm = self.least_images > 1
-        return self.least_images * processes if has_batch_norm else 1
+        return 2 * processes if self.least_images == 2 else 1
 
     @cached_property
     def batch_sizes(self):
@@ -261,12 +260,11 @@ def train(run, progress, folder, signals):
 
 def train_until(run, last_step, progress, folder, signals, take_step):
     """Take steps until progress.step is last_step, at the end of this epoch, or until a signal."""
-    args = run.args
+    args, left = run.args, last_step - progress.step
     finetune.train_mode(run.train_model)
-    batches = itertools.islice(build.training_batches(run, progress.step), last_step - progress.step)
+    batches = itertools.islice(build.training_batches(run, progress.step), left)
     if distributed.rank() == 0:
-        name = f"epoch {len(progress.history) + 1}"
-        batches = data.progress_bar(batches, total=last_step - progress.step, desc=name, unit=" steps")
+        batches = data.progress_bar(batches, total=left, desc=f"epoch {len(progress.history) + 1}", unit=" steps")
     start = time.perf_counter()
     for images, labels, batch_size in batches:
         multiplier = lr_multiplier(run, progress.step, progress.history)
@@ -309,29 +307,28 @@ def finish_epoch(run, progress, folder):
             raise errors.Diverged(f"the validation loss is {val_loss}", progress.step, lr)
     elif not all(weight.isfinite().all() for weight in run.eval_model.parameters()):  # there is no loss to tell
         raise errors.Diverged("a weight is not finite", progress.step, lr)
-    history.append(
-        {
-            "epoch": len(history) + 1,
-            "step": progress.step,
-            "lr": lr,
-            "train_loss": loss_sum / seen,
-            "train_acc": correct / seen,
-            "val_loss": val_loss,
-            "val_acc": val_acc,
-            "seconds": progress.seconds,
-            "images_per_second": seen / progress.seconds,
-        }
-    )
+    row = {
+        "epoch": len(history) + 1,
+        "step": progress.step,
+        "lr": lr,
+        "train_loss": loss_sum / seen,
+        "train_acc": correct / seen,
+        "val_loss": val_loss,
+        "val_acc": val_acc,
+        "seconds": progress.seconds,
+        "images_per_second": seen / progress.seconds,
+    }
+    history.append(row)
     progress.seconds = 0.0
     progress.totals.zero_()
 
     best = find_best(args, history)
     folder.save("last.pt", resume.last_content(run, progress))  # first: if best.pt isn't written, a resume writes it
-    if best is history[-1]:
+    if best is row:
         folder.save("best.pt", resume.best_content(run, progress))
     left = run.total_steps - progress.step
     steps = progress.step - (history[-2]["step"] if len(history) > 1 else 0)  # of this epoch
-    step_seconds = (history[-1]["seconds"] + time.perf_counter() - start) / steps  # with validation and saving
+    step_seconds = (row["seconds"] + time.perf_counter() - start) / steps  # with validation and saving
     folder.report(history, best, len(history) + math.ceil(left / run.steps_per_epoch), left * step_seconds)
     half = (args.patience + 1) // 2  # a first hint comes half-way to the early stop
     if half < args.patience and early_stopping.waited(history, best, args.warmup_epochs) == half:
@@ -412,7 +409,8 @@ def run_once(args, checkpoint=None):
 
 def command(argv=None):
     """What the command line asks for. Returns the exit status."""
-    distributed.init()
+    with errors.handled(signal.SIG_DFL):  # end at once: no handler is called while C++ waits for the other processes
+        distributed.init()
     with distributed.main_prints():
         args, checkpoint = arguments.parse(argv)
     if args.eval:

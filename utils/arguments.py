@@ -37,33 +37,26 @@ class Parser(argparse.ArgumentParser):
     """Strict, with errors in one line, and with @FILE: several flags a line, # begins a comment."""
 
     def __init__(self, program, **options):
-        super().__init__(
-            prog=program, usage=argparse.SUPPRESS, allow_abbrev=False, fromfile_prefix_chars="@", **options
-        )
+        options |= {"usage": argparse.SUPPRESS, "allow_abbrev": False, "fromfile_prefix_chars": "@"}
+        super().__init__(prog=program, **options)
+        self.count = 0  # of words in @files
 
     def convert_arg_line_to_args(self, line):
-        words = split_flags(line)
-        self.check_words(words)
+        words = self.checked(split_flags(line))
         self.count += len(words) + 100 * sum(word.startswith("@") for word in words)
         if self.count > MOST_WORDS:
             self.error(f"@files that name @files without end, or more than {MOST_WORDS:,} words: shorten them")
         return words
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else list(args)
-        self.count = 0
-        self.check_words(args)
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(self.checked(args), namespace)
 
-    def parse_known_intermixed_args(self, args=None, namespace=None):
-        """Since Python 3.12.8 this doesn't call the method above."""
-        args = sys.argv[1:] if args is None else list(args)
-        self.count = 0
-        self.check_words(args)
-        return super().parse_known_intermixed_args(args, namespace)
+    def parse_known_intermixed_args(self, args=None, namespace=None):  # since Python 3.12.8 it doesn't call the above
+        return super().parse_known_intermixed_args(self.checked(args), namespace)
 
-    def check_words(self, words):
-        """Reject what argparse would misunderstand, or wait for without end."""
+    def checked(self, words):
+        """The words, those of the command line for None. Rejects what argparse would misunderstand or wait for."""
+        words = sys.argv[1:] if words is None else list(words)
         for i, word in enumerate(words):
             before = words[i - 1] if i and words[i - 1].startswith("-") else "a word"
             if not word or (word.startswith("--") and word.find("=") == len(word) - 1):  # "" or --flag=
@@ -74,6 +67,7 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("@") and os.path.exists(path):
                 if not os.path.isfile(path) or os.path.getsize(path) > LONGEST_FILE:
                     self.error(f"{word} must be a file of flags, of at most {LONGEST_FILE:,} bytes")
+        return words
 
     def error(self, message):
         super().error(errors.one_line(message))

@@ -45,10 +45,10 @@ def within_minutes(run, trial, train_step, score):
             checkpoints.save(content, Path(folder) / "trial.pt")
 
     others = [(save, 1.0)]
-    count = len(trial.val_set.labels)
-    if count:
-        some = data.Split(trial.val_set.images[:SOME], trial.val_set.labels[:SOME])
-        others.append((lambda: score(trial, some), count / len(some.labels)))
+    images, labels = trial.val_set
+    if len(labels):
+        some = data.Split(images[:SOME], labels[:SOME])
+        others.append((lambda: score(trial, some), len(labels) / len(some.labels)))
     steps = steps_within(60 * trial.args.minutes, step, per_epoch, others)
     devices.restore_rng(rng, trial.device)
     length = min(steps / per_epoch, 1e9)  # the largest --epochs

@@ -7,7 +7,6 @@ is a group of its own, and everything here costs nothing. Needs torch alone.
 import contextlib
 import gc
 import os
-import signal
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ def init():
     """Form the group with the other processes that torchrun started. Only rank 0 prints from here on.
 
     RANK and WORLD_SIZE in the environment tell that there is one. Raises ValueError if the rest of it doesn't fit.
+    No handler of a signal is called while it waits for the others: train.py lets signals end the process at once.
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return
@@ -37,18 +37,13 @@ def init():
     number_in_environment("LOCAL_WORLD_SIZE", 1, size)
     number_in_environment("LOCAL_RANK", 0, size - 1)
     restarts = number_in_environment("TORCHELASTIC_RESTART_COUNT", 0, 999_999_999)
-    backend = "gloo"
-    if torch.cuda.is_available() and dist.is_nccl_available():
-        backend = "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        with ended_by_signals():
-            store, own_rank, size = next(dist.rendezvous("env://", timeout=TIME_LIMIT))
-            store = dist.PrefixStore(_shared_key(store, own_rank, size), store)
-            dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=TIME_LIMIT)
+        store, own_rank, _ = next(dist.rendezvous("env://", timeout=TIME_LIMIT))
+        store = dist.PrefixStore(_shared_key(store, own_rank, size), store)
+        dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=TIME_LIMIT)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"the processes of WORLD_SIZE {os.environ['WORLD_SIZE']} don't find each other: {error}"
-        ) from None
+        raise ValueError(f"the processes of WORLD_SIZE {size} don't find each other: {error}") from None
     # torchrun counts failures by machine: one that only saw the group break has a lower count.
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(all_max(restarts))
     if rank() > 0:
@@ -61,22 +56,6 @@ def number_in_environment(name: str, lowest: int, highest: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and lowest <= int(text) <= highest):
         raise ValueError(f"{name} {text} must be from {lowest} to {highest}: start with torchrun, else unset RANK")
     return int(text)
-
-
-@contextlib.contextmanager
-def ended_by_signals():
-    """Let signals end the process at once: a handler in Python wouldn't be called while C++ waits for the others."""
-    old = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows lacks the last
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                old[number] = signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _shared_key(store, own_rank, size):
@@ -227,10 +206,10 @@ def all_max(number: int) -> int:
 
 def all_gather(value) -> list:
     """Every process's value."""
-    values = [value]
-    if world_size() > 1:
-        values = [None] * world_size()
-        dist.all_gather_object(values, value)
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
     return values
 
 

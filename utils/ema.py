@@ -24,11 +24,10 @@ class Ema:
     Update number t = 0, 1, ... makes it d * average + (1 - d) * trained, with d = min(decay, (1 + t) / (10 + t)): this
     ramp forgets the start, which a constant decay of 0.999 would keep for thousands of steps.
 
-    The running means and variances of batch norms are averaged like the weights. Those of the trained model belong to
-    its last few weights, not to the averaged ones; their average over the same steps belongs to the averaged weights as
-    nearly as the activations are linear in such small changes, and costs no pass over the data. Whole numbers, such as
-    num_batches_tracked, are copied. Make it after the model was moved to its device, don't move it afterwards, and keep
-    the weights in float32: lower precision rounds such small changes away. Raises ValueError for a decay out of range.
+    The running means and variances of batch norms are averaged like the weights: those of the trained model belong to
+    its last few weights, not to the averaged ones. Whole numbers, such as num_batches_tracked, are copied. Make it
+    after the model was moved to its device, don't move it afterwards, and keep the weights in float32: lower precision
+    rounds such small changes away. Raises ValueError for a decay out of range.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):

@@ -36,10 +36,6 @@ class Diverged(ArithmeticError):
         super().__init__(f"{what} by step {step:,}, learning rate {lr:.3g}: {remedy}")
 
 
-class Interrupted(BaseException):
-    """A signal, by its number, that asks the process to end before there is anything to save."""
-
-
 def one_line(text) -> str:
     """A message as one printable line: control characters are escaped, the middle of a very long one is left out."""
     text = printable(" ".join(str(text).split()))
@@ -78,17 +74,15 @@ def exit_status(program, function, *, flags=str):
     `flags` turns a message that begins with an argument's name into one that begins with the flag.
     """
 
-    def interrupt(number):
-        raise Interrupted(number)
+    def interrupt(number, frame):  # when there is nothing to save: else the handler is that of caught_signals
+        sys.exit(128 + number)
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can't write a cache of fonts
     try:
         with handled(interrupt):
             return function() or 0
-    except SystemExit as stop:  # argparse has printed why
+    except SystemExit as stop:  # argparse has printed why, or a signal came
         return stop.code
-    except Interrupted as stop:
-        return 128 + stop.args[0]
     except BrokenPipeError:  # ... | head
         return 0
     except (ValueError, OSError) as error:
@@ -167,12 +161,12 @@ def ending_signals():
 
 @contextlib.contextmanager
 def handled(handler):
-    """Call handler(number) for each signal that asks the process to end; afterwards the old rule holds again."""
+    """In this context `handler`, as signal.signal takes it, is called for each signal that asks the process to end."""
     old = {}
     try:
         for number in ending_signals():
-            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored, as under nohup: leave it so
-                old[number] = signal.signal(number, lambda number, frame: handler(number))
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored, as under nohup: leave it so
+                old[number] = signal.signal(number, handler)
     except ValueError:  # not in the main thread: the caller handles signals
         pass
     try:
@@ -190,7 +184,7 @@ def caught_signals():
     """
     caught = []
 
-    def note(number):
+    def note(number, frame):
         caught.append(number)
         if distributed.world_size() == 1:
             for one in ending_signals():

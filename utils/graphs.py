@@ -43,18 +43,14 @@ def check(run):
 
 def recorded(train_step: Callable, run, log: Callable) -> Callable:
     """A function like train_step whose steps are replayed, or train_step itself if no graph is to be used."""
-    if run.args.cuda_graph is False or obstacle(run):  # --no-cuda-graph, or it can't be
+    if run.args.cuda_graph is False or obstacle(run):
         return train_step
 
-    def whole_step(images, labels):
+    def whole_step(images, labels):  # in one process the share is the whole batch
         return train_step(run, images, labels, len(images))
 
     graphed = GraphedStep(whole_step, run.model, run.optimizer, batch_size=run.args.batch_size, log=log)
-
-    def replayed_step(run, images, labels, batch_size):  # in one process, where the batch is whole
-        return graphed(images, labels)
-
-    return replayed_step
+    return lambda run, images, labels, batch_size: graphed(images, labels)
 
 
 class GraphedStep:
@@ -127,8 +123,7 @@ class GraphedStep:
         try:
             graph, inputs = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
             with torch.cuda.graph(graph, stream=self.stream):
-                output = self.step(*inputs)
-            self.recording = graph, *inputs, output
+                self.recording = graph, *inputs, self.step(*inputs)
             replayed = self.replay(images, labels)
             error = difference([*state, replayed], [*eager, totals], [*before, torch.zeros_like(totals)])
             reason = f"the replay differs from the step by {error:.2g} of it" if error > TOLERANCE else ""
