@@ -204,16 +204,14 @@ def until(accuracy, data_flags):
 
 
 def report(name, one):
-    lines = [f"{name} on {one['data']}, {one['precision']}"]
+    show = run_folder.print_line
+    show(f"{name} on {one['data']}, {one['precision']}")
     for variant, value in one["images_per_second"].items():
-        lines.append(f"  {variant:22} {value:10,.0f} images/s")
-    lines.append(
-        f"  speed-up over the DataLoader baseline {one['b_over_a']:.1f}, {one['b_over_c']:.2f} of one cached batch"
-    )
+        show(f"  {variant:22} {value:10,.0f} images/s")
+    show(f"  speed-up over the DataLoader baseline {one['b_over_a']:.1f}, {one['b_over_c']:.2f} of one cached batch")
     share = one["flops_per_second"] / one["matrix_flops_per_second"]
     arithmetic = f"{one['flops_per_second'] / 1e9:,.1f} GFLOP/s, {share:.0%} of GEMM peak"
-    lines.append(f"  {arithmetic}; peak memory so far {one['peak_memory_mb']:,.0f} MB")
-    run_folder.print_line("\n".join(lines))
+    show(f"  {arithmetic}; peak memory so far {one['peak_memory_mb']:,.0f} MB")
 
 
 def make_parser():
@@ -234,9 +232,9 @@ def command(argv):
     args = make_parser().parse_args(argv)
     if args.turns < 1 or not 0 < args.seconds < math.inf:
         raise ValueError(f"--turns {args.turns} must be >= 1 and --seconds {args.seconds} a finite number above 0")
-    if args.until is not None and not 0 < args.until < 1:
-        raise ValueError(f"--until {args.until} must be above 0 and below 1: it is an accuracy")
     if args.until is not None:
+        if not 0 < args.until < 1:
+            raise ValueError(f"--until {args.until} must be above 0 and below 1: it is an accuracy")
         for name in ("models", "turns", "seconds"):
             if getattr(args, name) != make_parser().get_default(name):
                 raise ValueError(f"--{name} has no effect with --until: leave it out")

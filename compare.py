@@ -63,14 +63,17 @@ def make_parser():
 def variants_of(own):
     """The variants as name -> flags. Raises ValueError for what can't be understood."""
     variants = []  # (name, flags)
-    actions = itertools.chain(*(arguments.make_parser(model, "compare.py")._actions for model in models.MODELS))
+    actions = itertools.chain(*(arguments.make_parser(model)._actions for model in models.MODELS))
     switches = {flag for action in actions if action.nargs == 0 for flag in action.option_strings}
-    varied = [values_of(text) for text in own.vary]
-    if len({name.replace("-", "_") for name, _ in varied}) < len(varied):
+    varied = [values_of(text) for text in own.vary]  # a list of (name, value) for each flag
+    grid = math.prod(map(len, varied)) if varied else 0
+    count = own.runs * (grid + len(own.case))
+    if count > MOST_RUNS:
+        raise ValueError(f"--runs {own.runs} of these variants make {count:,} runs, more than {MOST_RUNS:,}: vary less")
+    if len({values[0][0].replace("-", "_") for values in varied}) < len(varied):
         raise ValueError("two --vary of one flag: put all of its values into one")
-    grid = [[(name, value) for value in values] for name, values in varied]
-    if grid:
-        for chosen in itertools.product(*grid):
+    if varied:
+        for chosen in itertools.product(*varied):
             words, flags = [], []
             for name, value in chosen:
                 words.append(f"{name.replace('-', ' ')} {value}")
@@ -82,23 +85,22 @@ def variants_of(own):
             raise ValueError(f'--case {text} must be a name and its flags, as in --case "adam: --opt adam"')
         if not name.isprintable() or len(name.encode()) > LONGEST_NAME:
             raise ValueError(f"--case {name} must be a printable name of at most {LONGEST_NAME} bytes")
+        if folder_name(name).lower().startswith("compare."):
+            raise ValueError(f"{name} is the name of a file of a comparison: choose another one")
         variants.append((name.strip(), arguments.split_flags(flags)))
     if len(variants) < 2:
         raise ValueError("there is nothing to compare: give --vary FLAG=A,B, or two or more --case")
-    for name, _ in variants:
-        if folder_name(name).lower().startswith("compare."):
-            raise ValueError(f"{name} is the name of a file of a comparison: choose another one")
     if len({folder_name(name).lower() for name, _ in variants}) < len(variants):
         raise ValueError("two variants would share a folder: their names must differ in more than case and punctuation")
     return dict(variants)
 
 
 def values_of(text):
-    """Split a --vary: lr=0.1,0.01 -> lr, [0.1, 0.01]."""
+    """Split a --vary: lr=0.1,0.01 -> [(lr, 0.1), (lr, 0.01)]."""
     name, equals, values = text.partition("=")
     if not equals or not values:
         raise ValueError(f'--vary {text} must be a flag and its values, as in --vary "lr=0.1,0.01"')
-    return name, [value.strip() for value in values.split(";" if ";" in values else ",")]
+    return [(name, value.strip()) for value in values.split(";" if ";" in values else ",")]
 
 
 def flags_of(name, value, switches):
@@ -121,7 +123,7 @@ def run_one(name, args):
         nonlocal result
         found, status = repeat.run_seed(args, train.run_once)
         if not status:
-            found["train_acc"] = plot.read(args.out)[-1]["train_acc"]
+            found["curves"] = plot.read(args.out)
         result = found
         return status
 
@@ -130,50 +132,44 @@ def run_one(name, args):
     return result, status
 
 
-def run_all(variants, parsed, check_not_moved):
-    """Run every variant and seed. Returns name -> results, name -> number of failures, and the signal's status or 0."""
+def run_all(variants, runs, check_not_moved):
+    """Run all `runs`. Returns name -> results of those that didn't fail; a signal ends the program."""
     results = {name: [] for name in variants}
-    failures = dict.fromkeys(variants, 0)
-    total = sum(len(runs) for runs in parsed.values())
-    done, spent = 0, []
-    for name, runs in parsed.items():
-        for args in runs:
-            check_not_moved()
-            start = time.perf_counter()
-            finished_before = arguments.ended(Path(args.out))
-            result, status = run_one(name, args)
-            done += 1
-            if status > 128:
-                run_folder.print_line("interrupted: the same command goes on from here")
-                return results, failures, status
-            seconds = time.perf_counter() - start
-            if not finished_before:
-                spent.append(seconds)
-            left = statistics.fmean(spent) * (total - done) if spent else 0.0
-            if status or result["best_val_acc"] is None:
-                failures[name] += 1
-                said = f"failed ({result['stopped']})" if result else "failed"
-            else:
-                # Where things are now: they may have been moved since it was written.
-                here = {"folder": args.out, "data_dir": args.data_dir, "device": args.device}
-                results[name].append(result | here)
-                said = f"val acc {result['best_val_acc']:.4f}"
-            clock = f", {run_folder.clock(left)} left" if spent else ""
-            run_folder.print_line(f"{done}/{total}  {name}, seed {args.seed}: {said}, {seconds:.1f} s{clock}")
-    return results, failures, 0
+    spent = []  # seconds of those that weren't finished before
+    for done, (name, args) in enumerate(runs, start=1):
+        check_not_moved()
+        start = time.perf_counter()
+        finished_before = arguments.ended(Path(args.out))
+        result, status = run_one(name, args)
+        if status > 128:
+            run_folder.print_line("interrupted: the same command goes on from here")
+            sys.exit(status)
+        seconds = time.perf_counter() - start
+        if status:
+            said = f"failed ({result['stopped']})" if result else "failed"
+        else:
+            # Folder, data and device as they are now: they may have been moved since it was written.
+            results[name].append(result | {"args": vars(args)})
+            said = f"val acc {result['best_val_acc']:.4f}"
+        line = f"{done}/{len(runs)}  {name}, seed {args.seed}: {said}, {seconds:.1f} s"
+        if not finished_before:
+            spent.append(seconds)
+        if spent:
+            line += f", {run_folder.clock(statistics.fmean(spent) * (len(runs) - done))} left"
+        run_folder.print_line(line)
+    return results
 
 
 def test(result):
     """The test accuracy of a finished run, from its best.pt."""
-    path = Path(result["folder"], "best.pt")
+    args = result["args"]
+    path = Path(args["out"], "best.pt")
     checkpoint = checkpoints.load(path)
-    metrics = checkpoint["metrics"]
-    held = [metrics.get(name) for name in ("epoch", "val_acc", "val_loss")]
+    held = [checkpoint["metrics"].get(name) for name in ("epoch", "val_acc", "val_loss")]
     if held != [result[name] for name in ("best_epoch", "best_val_acc", "best_val_loss")]:
         raise ValueError(f"{path} is not the best epoch of its run: put its own back, or name another --out")
-    where = {name: checkpoint["args"][name] for name in ("data", "amp")}
-    where |= {name: result[name] for name in ("data_dir", "device")}
-    _, _, acc = evaluation.test(checkpoint, path, **where)
+    data, amp = checkpoint["args"]["data"], checkpoint["args"]["amp"]
+    _, _, acc = evaluation.test(checkpoint, path, data=data, amp=amp, data_dir=args["data_dir"], device=args["device"])
     return acc
 
 
@@ -182,16 +178,16 @@ def mean_and_std(values):
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def rank(results, failures, variants):
-    """A row for each variant, the best by mean validation accuracy first."""
+def rank(results, variants, count):
+    """A row for each variant, of `count` runs each, the best by mean validation accuracy first."""
     rows = []
     for name, runs in results.items():
-        row = {"name": name, "flags": variants[name], "n": len(runs), "failed": failures[name]}
+        row = {"name": name, "flags": variants[name], "n": len(runs), "failed": count - len(runs)}
         if runs:
             row["val_acc"], row["val_acc_std"] = mean_and_std([run["best_val_acc"] for run in runs])
             row["best_epoch"] = statistics.fmean(run["best_epoch"] for run in runs)
             row["seconds"] = statistics.fmean(run["train_seconds"] for run in runs)
-            row["train_acc"] = statistics.fmean(run["train_acc"] for run in runs)
+            row["train_acc"] = statistics.fmean(run["curves"][-1]["train_acc"] for run in runs)
         rows.append(row)
     return sorted(rows, key=lambda row: -row.get("val_acc", -1.0))
 
@@ -213,13 +209,13 @@ def reject_another(out, variants, flags):
     if not there:
         return
     try:
-        if not files[0].exists() or not all(path.is_file() for path in there):  # reading a pipe would wait for ever
+        if not all(path.is_file() for path in there):  # reading a pipe would wait for ever
             raise ValueError
         content = json.loads(files[0].read_text())
         before = {row["name"]: content["flags"] + row["flags"] for row in content["variants"] if row["n"]}
         lost = [name for name in before if name not in variants]
-        now = {name: flags + variants[name] for name in before if name in variants}
-        changed = [name for name in now if meaning(now[name]) != meaning(before[name])]
+        kept = [name for name in before if name in variants]
+        changed = [name for name in kept if meaning(flags + variants[name]) != meaning(before[name])]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         of = ", ".join(path.name for path in there)
         raise ValueError(f"{of} in --out {out} are no comparison's, and would be overwritten: name another") from None
@@ -259,7 +255,7 @@ def draw(rows, results, path):
         return "no compare.png: no variant has a result"
     curves = {}
     for name in names[: len(plot.COLOURS)]:
-        curves[name] = [row for result in results[name] for row in plot.read(result["folder"])]
+        curves[name] = [row for result in results[name] for row in result["curves"]]
     try:
         plot.draw(curves, path)
     except ImportError:
@@ -275,50 +271,45 @@ def command(argv):
     own, rest = make_parser().parse_known_args(argv)
     if own.runs < 1:
         raise ValueError(f"--runs {own.runs} must be >= 1")
-    grid = math.prod(len(values_of(text)[1]) for text in own.vary) if own.vary else 0
-    count = own.runs * (grid + len(own.case))
-    if count > MOST_RUNS:
-        raise ValueError(f"--runs {own.runs} of these variants make {count:,} runs, more than {MOST_RUNS:,}: vary less")
     variants, out = variants_of(own), Path(own.out)
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"--out {out} is no folder: name another one")
-    parsed = {}
+    runs = []  # (name, arguments)
     for name, flags in variants.items():  # all of them, before anything is run
+        args, _ = arguments.parse([*rest, *flags], "compare.py")
         ours = {"seed", "runs", "out", "no_test", "eval", "resume"}
-        arguments.reject_idle(arguments.parse([*rest, *flags], "compare.py")[0], ours, f"in variant {name}")
-        parsed[name] = []
+        arguments.reject_idle(args, ours, f"in variant {name}")
+        arguments.check_out(own.out, args.data_dir)
+        if args.val_split == 0:
+            raise ValueError(f"{name}: there is nothing to rank by with --val-split 0: hold some images out")
         for seed in range(own.seed, own.seed + own.runs):
             folder = out / folder_name(name) / f"seed-{seed}"
-            more = ["--seed", str(seed), "--no-test", "--out", str(folder)]
-            args, _ = arguments.parse([*rest, *flags, *more], "compare.py")
-            arguments.check_out(own.out, args.data_dir)
-            if args.val_split == 0:
-                raise ValueError(f"{name}: there is nothing to rank by with --val-split 0: hold some images out")
-            parsed[name].append(args)
+            runs.append((name, arguments.changed(args, seed=seed, no_test=True, out=str(folder))))
+            arguments.check(runs[-1][1])
 
     with run_folder.locked(out) as check_not_moved:
         reject_another(out, variants, rest)
-        results, failures, status = run_all(variants, parsed, check_not_moved)
-        if status:
-            return status
+        results = run_all(variants, runs, check_not_moved)
         if not any(results.values()) and (out / "compare.json").exists():
             raise errors.Failed("no variant has a result: the table from before stays")
-        rows = rank(results, failures, variants)
-        test_some(rows, results, failures, own.test)
+        rows = rank(results, variants, own.runs)
+        tested = test_some(rows, results, own.test)
         check_not_moved()
         report(own, rest, out, rows, results)
-    return 1 if any(failures.values()) else 0
+    return 0 if tested and not any(row["failed"] for row in rows) else 1
 
 
-def test_some(rows, results, failures, which):
-    """Add test accuracies to the rows of all variants, or of the winner, the first."""
-    for place, row in enumerate(rows):
-        if row["n"] and (which == "all" or (which == "winner" and place == 0)):
+def test_some(rows, results, which):
+    """Add test accuracies to the rows of all variants, or of the winner, the first. Returns False if one failed."""
+    worked = True
+    for row in {"winner": rows[:1], "all": rows, "none": []}[which]:
+        if row["n"]:
             try:
                 row["test_acc"], row["test_acc_std"] = mean_and_std([test(result) for result in results[row["name"]]])
             except (ValueError, OSError, RuntimeError) as error:  # a best.pt or a set that isn't there any more, memory
                 errors.complain("compare.py", error)
-                failures[row["name"]] += 1
+                worked = False
+    return worked
 
 
 def report(own, rest, out, rows, results):
@@ -329,9 +320,7 @@ def report(own, rest, out, rows, results):
         "command": arguments.typed(),
         "flags": rest,
         "data": ", ".join(names) or None,
-        "device": one.get("device"),
-        "amp": one.get("amp"),
-        "torch": one.get("torch"),
+        **{name: one.get(name) for name in ("device", "amp", "torch")},
         "commit": run_folder.commit(),
         "test": own.test,
         "seeds": list(range(own.seed, own.seed + own.runs)),

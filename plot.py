@@ -27,7 +27,6 @@ from pathlib import Path
 # Okabe and Ito's colours: colour-blind readers can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc")
-FORMATS = (".png", ".pdf", ".svg")
 STYLES = {"train": ("--", "training"), "val": ("-", "validation")}
 # Arguments left out of the names of curves: they don't change the results, or only by chance (seed).
 NOT_IN_NAMES = {
@@ -57,17 +56,17 @@ def read(run):
 def read_result(run):
     """A run's result.json; nothing is known about a run that still goes on."""
     path = Path(run) / "result.json"
-    if not path.is_file():  # reading a pipe would wait for ever
-        return {"args": {}}
     try:
-        result = json.loads(path.read_text())
-        args = {**result["args"], "data": result["data"]}
-        args["folder"] = os.path.realpath(result["args"]["data"])  # two folders may have the same name
-        if args.get("minutes"):  # the number of epochs was measured, and differs by seed
-            args = {name: value for name, value in args.items() if name not in ("epochs", "warmup_epochs")}
-        return {**result, "args": args}
+        if path.is_file():  # reading a pipe would wait for ever
+            result = json.loads(path.read_text())
+            folder = os.path.realpath(result["args"]["data"])  # two folders may have the same name
+            args = result["args"] | {"data": result["data"], "folder": folder}
+            if args.get("minutes"):  # the number of epochs was measured, and differs by seed
+                args |= {"epochs": None, "warmup_epochs": None}
+            return result | {"args": args}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return {"args": {}}
+        pass
+    return {"args": {}}
 
 
 def short_names(arguments):
@@ -84,32 +83,29 @@ def short_names(arguments):
                 parts.append(text if key in TELLING else f"{words} {text}")
         return ", ".join(parts)
 
-    def told_apart(keys):
-        return len({named(args, keys) for args in arguments})
-
     keys = dict.fromkeys([*TELLING, "lr", *(key for args in arguments for key in args)])  # an ordered set
-    known = [key for key in keys if key not in NOT_IN_NAMES]
-    chosen = []
-    for key in known:
-        if told_apart([*chosen, key]) > told_apart(chosen):
+    chosen, names = [], [""] * len(arguments)
+    for key in keys:
+        longer = [named(args, [*chosen, key]) for args in arguments]
+        if key not in NOT_IN_NAMES and len(set(longer)) > len(set(names)):
             chosen.append(key)
-    return [named(args, chosen) for args in arguments]
-
-
-def seeds_of(folder):
-    return sorted(path for path in folder.glob("seed-*") if path.is_dir())
+            names = longer
+    return names
 
 
 def with_metrics(folders):
     """The folders of runs among these, and in the folders of --runs; without those that have no metrics.csv."""
-    folders = [one for folder in folders for one in seeds_of(Path(folder)) or [Path(folder)]]
-    found = [folder for folder in folders if (folder / "metrics.csv").is_file()]
+    runs = []
+    for folder in map(Path, folders):
+        seeds = sorted(path for path in folder.glob("seed-*") if path.is_dir())
+        runs += seeds or [folder]
+    found = [run for run in runs if (run / "metrics.csv").is_file()]
     if not found:
-        raise ValueError(f"{folders[0]}/metrics.csv doesn't exist: name the folders of runs")
-    for folder in folders:
-        if folder not in found:
+        raise ValueError(f"{runs[0]}/metrics.csv doesn't exist: name the folders of runs")
+    for run in runs:
+        if run not in found:
             with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or None
-                sys.stderr.write(one_line(f"note: {folder} is left out, it has no metrics.csv") + "\n")
+                sys.stderr.write(one_line(f"note: {run} is left out, it has no metrics.csv") + "\n")
     return found
 
 
@@ -152,7 +148,7 @@ def line_widths(curves):
     return [1.6 + 2 * curves[i + 1 :].count(curve) for i, curve in enumerate(curves)]
 
 
-def draw_metric(axis, runs, quantity, unit, best):
+def draw_metric(axis, runs, quantity, best):
     """Plot training and validation of a quantity on an axis. Returns which of them there are."""
     drawn = set()
     for split, (style, _) in STYLES.items():
@@ -162,8 +158,6 @@ def draw_metric(axis, runs, quantity, unit, best):
             if all(math.isnan(mean) for mean in means):
                 continue
             drawn.add(split)
-            means = [unit * value for value in means]
-            spreads = [unit * value for value in spreads]
             marker = "." if len(epochs) == 1 else None
             axis.plot(epochs, means, style, color=colour, linewidth=width, marker=marker)
             if any(spreads):
@@ -217,8 +211,9 @@ def draw(runs, path, best=None):
     figure = Figure(figsize=(10, 3.5 + 0.22 * math.ceil(len(runs) / columns)), layout="constrained")
     axes = figure.subplots(1, 3)
     best = {name: (best or {}).get(name) or best_epoch(rows) for name, rows in runs.items()}
-    drawn = draw_metric(axes[0], runs, "loss", 1, best)
-    draw_metric(axes[1], runs, "acc", 100, best)
+    drawn = draw_metric(axes[0], runs, "loss", best)
+    draw_metric(axes[1], runs, "acc", best)
+    axes[1].yaxis.set_major_formatter(lambda acc, _: f"{100 * acc:g}")
     lr_label = draw_lr(axes[2], runs)
     for axis, label in zip(axes, ("loss (mean per image)", "accuracy (%)", lr_label), strict=True):
         axis.set(xlabel="epoch", ylabel=label)
@@ -270,7 +265,7 @@ def main():
     )
     args = parser.parse_args()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can't write a cache of fonts
-    if Path(args.out).suffix.lower() not in FORMATS:
+    if Path(args.out).suffix.lower() not in (".png", ".pdf", ".svg"):
         parser.error(f"--out {args.out} must end in .png, .pdf or .svg")
     if os.path.exists(args.out) and not os.path.isfile(args.out):
         parser.error(f"--out {args.out} is no file: name another one")

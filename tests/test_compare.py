@@ -206,7 +206,9 @@ def test_a_comparison_may_be_moved_and_says_on_what_it_trained(tiny, monkeypatch
     first = content("a")["variants"]
     Path("a").rename("b")
     assert compared(*flags, "b") == 0
-    assert content("b")["variants"] == first and "Trained on shapes; cpu" in Path("b/compare.md").read_text()
+    device = json.loads(Path("b/lr-0.01/seed-0/result.json").read_text())["device"]  # its name, not --device
+    assert content("b")["variants"] == first and content("b")["device"] == device
+    assert f"Trained on shapes; {device}; " in Path("b/compare.md").read_text()
 
 
 def test_variants_that_diverged_at_once_are_not_run_again(tiny, monkeypatch, capsys):

@@ -5,14 +5,12 @@ from itertools import pairwise
 from statistics import fmean, linear_regression, median
 
 
-def explain(history: list[dict], best: dict | None, monitor: str, chance: float) -> str:
+def explain(history: list[dict], best: dict, monitor: str, chance: float) -> str:
     """Say in one line why `monitor` hasn't improved since the best row, and what to try.
 
     `chance` is the loss where all logits are 0: of cross-entropy ln(classes).
     """
     last = history[-1]
-    if best is None:
-        return f"no {monitor} is a number in {len(history)} epochs: lower --lr"
     changes = [f"{k.replace('_', ' ')} {best[k]:.4f} -> {last[k]:.4f}" for k in ("train_loss", "val_loss")]
     return (
         f"no better {monitor} than {best[monitor]:.4f} of epoch {best['epoch']} in {len(history)} epochs; since then "
