@@ -159,8 +159,7 @@ def add_args(parser):
 
 def build(args, *, image_size: int, channels: int, num_classes: int) -> CNN:
     """The model that the flags of add_args describe."""
-    sizes = {"image_size": image_size, "channels": channels, "num_classes": num_classes}
-    return CNN(arch=args.arch, widths=args.widths, **sizes)
+    return CNN(image_size=image_size, channels=channels, num_classes=num_classes, arch=args.arch, widths=args.widths)
 
 
 def main():
@@ -171,13 +170,12 @@ def main():
     add_args(parser)
     args = parser.parse_args()
     try:
-        with torch.device("meta"):  # takes no memory
-            model = build(args, image_size=32, channels=3, num_classes=10)
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:  # meta takes no memory
+            model = build(args, image_size=32, channels=3, num_classes=10).eval()
             images = torch.randn(1, 3, 32, 32)
+            logits = model(images)
     except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:  # sizes that make no network
         parser.error(str(error).split("\n")[0])
-    with FlopCounterMode(display=False) as counter:
-        logits = model.eval()(images)
     print(f"{type(model).__name__}({', '.join(f'{name}={value!r}' for name, value in model.model_args.items())})")
     print(f"parameters     {sum(p.numel() for p in model.parameters()):,}")
     print(f"multiply-adds  {counter.get_total_flops() // 2:,} an image")

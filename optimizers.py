@@ -101,11 +101,7 @@ class Muon(torch.optim.Optimizer):
         others = [group for group in self.param_groups if not group["use_muon"]]
         self.adamw = None
         if others:
-            self.adamw = torch.optim.AdamW([p for group in others for p in group["params"]], fused=True)
-            for name, value in self.adamw.defaults.items():  # it reads options such as eps from the groups
-                for group in others:
-                    group.setdefault(name, value)
-            self.adamw.param_groups = others  # the same dicts: it sees every change of the learning rate
+            self.adamw = torch.optim.AdamW(others, fused=True)  # adds its options, such as eps, to these dicts
             self.adamw.state = self.state
 
     def __setstate__(self, state):  # after load_state_dict, a copy or unpickling the groups are other dicts
@@ -306,10 +302,9 @@ def parameter_groups(
         # Matrices that the model spares, such as positions, are treated as biases are.
         is_matrix = parameter.ndim >= 2 and name not in spared
         decays = decay_all or is_matrix
-        is_hidden = is_matrix and 0 < layer_of[name] < top
+        by_muon = use_muon and is_matrix and 0 < layer_of[name] < top
         multiplier = layer_decay ** (top - layer_of[name])
         multiplier *= math.prod(own for prefix, own in lr_scale if has_prefix(name, prefix))
-        by_muon = use_muon and is_hidden
         key = (decays, multiplier, by_muon)
         if key not in groups:
             group = {"params": [], "weight_decay": weight_decay if decays else 0.0}

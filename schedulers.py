@@ -31,7 +31,6 @@ import argparse
 import bisect
 import inspect
 import io
-import itertools
 import logging
 import math
 import os
@@ -39,9 +38,9 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 WARMUP_START = 0.01  # a warm-up starts at this share of its end, like LinearLR(start_factor=0.01): the lr is never 0
-MOST_EPOCHS = 10_000  # to print or plot
 
 
 def none(t):
@@ -100,12 +99,11 @@ def plateau(t, *, values, mode, gamma, patience_epochs, floor):
     """ReduceLROnPlateau(mode, factor=gamma, patience=patience_epochs, min_lr=min_lr, eps=0), shown `values` in turn."""
     multiplier, best, waited = 1.0, -math.inf if mode == "max" else math.inf, 0
     for value in values:
+        waited += 1
         # 1e-4 is torch's default threshold. NaN is never better.
         better = value > best * (1 + 1e-4) if mode == "max" else value < best * (1 - 1e-4)
         if better:
             best, waited = value, 0
-        else:
-            waited += 1
         if waited > patience_epochs:
             multiplier, waited = max(multiplier * gamma, floor), 0
     return multiplier
@@ -127,10 +125,6 @@ def check(options: dict):
     epochs, lr = options["epochs"], options["lr"]
     length = "a finite number >= 1e-9", lambda x: 1e-9 <= x < math.inf
     above_0 = "a finite number above 0", lambda x: 0 < x < math.inf
-
-    def is_increasing(x):
-        return all(a < b for a, b in itertools.pairwise((0, *x, math.inf)))
-
     rules = {
         "lr": above_0,
         "epochs": above_0,
@@ -138,7 +132,7 @@ def check(options: dict):
         "min_lr": (f"between 0 and lr, {lr:g}", lambda x: 0 <= x <= lr),
         "gamma": ("above 0 and at most 1", lambda x: 0 < x <= 1),
         "step_size": length,
-        "milestones": ("increasing numbers above 0", is_increasing),
+        "milestones": ("increasing numbers above 0", lambda x: all(a < b for a, b in pairwise((0, *x, math.inf)))),
         "t_max": length,
         "t_0": length,
         "t_mult": ("from 1 to 1,000,000", lambda x: 1 <= x <= 1_000_000),
@@ -174,31 +168,22 @@ def schedule(
     others keep their ratio to it. Left out, gamma is 0.1 (0.9 for exp), milestones are 1/2 and 3/4 of the length, t_max
     is the length and t_0 half of it. Raises ValueError for a value out of range.
     """
+    options = dict(locals())  # all the arguments, by name
     if sched not in SCHEDULES:
         raise ValueError(f"sched {sched} is unknown: choose from {', '.join(SCHEDULES)}")
     length = epochs - warmup_epochs
-    if gamma is None:
-        gamma = 0.9 if sched == "exp" else 0.1
-    if milestones is None:
-        milestones = (length / 2, length * 3 / 4)
-    if t_max is None:
-        t_max = length
-    if t_0 is None:
-        t_0 = length / 2
-    known = {
-        "gamma": gamma,
-        "step_size": step_size,
-        "milestones": milestones,
-        "t_max": t_max,
-        "t_0": t_0,
-        "t_mult": t_mult,
-        "patience_epochs": patience_epochs,
-        "mode": mode,
+    left_out = {
+        "gamma": 0.9 if sched == "exp" else 0.1,
+        "milestones": (length / 2, length * 3 / 4),
+        "t_max": length,
+        "t_0": length / 2,
     }
-    check({"lr": lr, "epochs": epochs, "warmup_epochs": warmup_epochs, "min_lr": min_lr, **known})
-    known |= {"length": length, "floor": min_lr / lr}
-    function, reads = SCHEDULES[sched], options_of(sched)
-    keywords = {name: value for name, value in known.items() if name in reads}
+    options |= {name: value for name, value in left_out.items() if options[name] is None}
+    check(options)
+    options |= {"length": length, "floor": min_lr / lr}
+    function = SCHEDULES[sched]
+    reads = inspect.signature(function).parameters
+    keywords = {name: value for name, value in options.items() if name in reads}
 
     def multiplier(epoch, values=()):
         seen = {"values": values[math.ceil(warmup_epochs) :]} if "values" in reads else {}  # without the warm-up's
@@ -270,8 +255,8 @@ def main():
         parser.error(f"--plot {args.plot} must end in .png, .pdf or .svg")
     if args.plot is not None and os.path.exists(args.plot) and not os.path.isfile(args.plot):
         parser.error(f"--plot {args.plot} is no file: name another one")
-    if not args.epochs <= MOST_EPOCHS:
-        parser.error(f"--epochs {args.epochs:g} must be at most {MOST_EPOCHS:,} to print or plot them")
+    if not args.epochs <= 10_000:
+        parser.error(f"--epochs {args.epochs:g} must be at most 10,000 to print or plot them")
     read = {"warmup_epochs", *(option for name in args.sched for option in options_of(name))}
     for name, default in schedule.__kwdefaults__.items():
         if name in options and name not in read and options[name] != default:

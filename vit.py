@@ -140,16 +140,15 @@ def conv_stem(channels: int, dim: int, patch_size: int) -> nn.Sequential:
 class ViT(nn.Module):
     """Vision transformer, pre-norm, with learned positions (arXiv:2010.11929).
 
-    forward: (batch, channels, height, width) -> (batch, num_classes), logits; with num_classes=0
-    (batch, dim), the normalised features.
+    forward: (batch, channels, height, width) -> (batch, num_classes), logits; or (batch, dim), the normalised features,
+    with num_classes=0.
 
     The keywords are those of vit-pytorch's ViT; image_size and patch_size may be pairs (height, width). What differs
     from the paper: pool="mean" averages the tokens in place of a class token; positions start at standard deviation 1,
     as in vit-pytorch, not 0.02 (on small images the model learns earlier); queries, keys and values have no bias unless
     qkv_bias. What differs from vit-pytorch: no norms inside the patch embedding; no dropout of attention weights; a
     projection behind one head, too; dim_head is dim / heads unless given. stem="conv" puts conv_stem in place of the
-    linear patches. drop_path grows linearly with the depth. The head starts at zero, so that the first loss is
-    ln(num_classes).
+    linear patches. drop_path grows linearly with the depth. The head starts at zero: the first loss is ln(num_classes).
 
     Raises ValueError if the patch doesn't divide the image, the heads don't divide dim, or forward gets another size.
     """
@@ -180,14 +179,13 @@ class ViT(nn.Module):
         self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}  # all the keywords
         self.image_size, self.patch_size = pair(image_size), pair(patch_size)
         self.check()
-        (height, width), (patch_height, patch_width) = self.image_size, self.patch_size
-        tokens = (height // patch_height) * (width // patch_width)
+        self.grid = tuple(size // patch for size, patch in zip(self.image_size, self.patch_size, strict=True))
         if stem == "conv":
-            self.patch_embedding = conv_stem(channels, dim, patch_height)
+            self.patch_embedding = conv_stem(channels, dim, self.patch_size[0])
         else:
-            self.patch_embedding = nn.Linear(channels * patch_height * patch_width, dim)
+            self.patch_embedding = nn.Linear(channels * math.prod(self.patch_size), dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim)) if pool == "cls" else None
-        self.pos_embedding = nn.Parameter(torch.randn(1, tokens + (pool == "cls"), dim))
+        self.pos_embedding = nn.Parameter(torch.randn(1, math.prod(self.grid) + (pool == "cls"), dim))
         self.dropout = nn.Dropout(emb_dropout)
         blocks = []
         for i in range(depth):
@@ -197,25 +195,23 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim, norm_eps)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        if num_classes:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+        for parameter in self.head.parameters():  # none without classes
+            nn.init.zeros_(parameter)
 
     def check(self):
         """Raise ValueError for sizes that make no network."""
         args = self.model_args
+        for name in ("image_size", "channels", "dim", "depth", "heads", "mlp_dim", "dim_head"):
+            if args[name] is not None and min(pair(args[name])) < 1:
+                raise ValueError(f"{name} {args[name]} must be >= 1")
+        if args["depth"] > 1000:  # no machine would end building it
+            raise ValueError(f"depth {args['depth']} must be at most 1000")
+        if args["num_classes"] < 0:
+            raise ValueError(f"num_classes {args['num_classes']} must be >= 1, or 0 for features")
         for size, patch in zip(self.image_size, self.patch_size, strict=True):
             if patch < 1 or size % patch:
                 fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
                 raise ValueError(f"patch_size {patch} must divide image_size {size}: try {fitting}")
-        for name in ("dim", "depth", "heads", "mlp_dim", "dim_head", "channels"):
-            if args[name] is not None and args[name] < 1:
-                raise ValueError(f"{name} {args[name]} must be >= 1")
-        if args["depth"] > 1000:  # no machine would end building it
-            raise ValueError(f"depth {args['depth']} must be at most 1000")
-        if min(self.image_size) < 1 or args["num_classes"] < 0:
-            sizes = f"image_size {args['image_size']} and num_classes {args['num_classes']}"
-            raise ValueError(f"{sizes} must be >= 1, or num_classes 0 for features")
         if args["dim_head"] is None and args["dim"] % args["heads"]:
             fitting = ", ".join(str(n) for n in range(1, min(args["dim"], 33)) if args["dim"] % n == 0)
             raise ValueError(f"heads {args['heads']} must divide dim {args['dim']}: try {fitting}")
@@ -229,9 +225,8 @@ class ViT(nn.Module):
             raise ValueError(f"norm_eps {args['norm_eps']} must be above 0 and < 1")
         squares = [(2**k, 2**k) for k in range(1, args["dim"].bit_length())]
         if args["stem"] == "conv" and self.patch_size not in squares:
-            raise ValueError(
-                f"patch_size {args['patch_size']} must be 2, 4, 8 ... up to dim: stem conv halves the image"
-            )
+            rule = "must be 2, 4, 8 ... up to dim: stem conv halves the image"
+            raise ValueError(f"patch_size {args['patch_size']} {rule}")
 
     def layer_of(self, name: str) -> int:
         """The layer of a parameter: the embeddings (a stem's convolutions one by one), then blocks, norm and head."""
@@ -290,19 +285,19 @@ class ViT(nn.Module):
         rest = old.shape[1] - side * side
         if old.shape == self.pos_embedding.shape or rest != ("cls_token" in state):
             return state
-        rows = self.image_size[0] // self.patch_size[0]
-        columns = self.image_size[1] // self.patch_size[1]
-        grid = rearrange(old[:, rest:], "1 (h w) d -> 1 d h w", h=side)
-        grid = F.interpolate(grid.float(), (rows, columns), mode="bicubic", antialias=True)
-        patches = rearrange(grid, "1 d h w -> 1 (h w) d")
+        patches = rearrange(old[:, rest:], "1 (h w) d -> 1 d h w", h=side)
+        patches = F.interpolate(patches.float(), self.grid, mode="bicubic", antialias=True)
+        patches = rearrange(patches, "1 d h w -> 1 (h w) d")
         kept = old[:, :0]
         if self.cls_token is not None:
             kept = old[:, :1] if rest else self.pos_embedding[:, :1].detach().to(patches)
         return {**state, "pos_embedding": torch.cat([kept, patches], dim=1)}
 
 
-# timm's names and ours, of layers that have the same weights in both.
+# timm's names and ours.
 FROM_TIMM = {
+    "patch_embed.proj": "patch_embedding",
+    "pos_embed": "pos_embedding",
     "norm1": "norm_1",
     "norm2": "norm_2",
     "attn.qkv": "attention.to_qkv",
@@ -310,33 +305,30 @@ FROM_TIMM = {
     "mlp.fc1": "mlp.0",
     "mlp.fc2": "mlp.3",
 }
-NOT_TIMM = "these are not the weights of a vit_* of timm: patch_embed, pos_embed, blocks ..."
 
 
 def from_timm(weights: dict) -> tuple[dict, dict]:
     """The weights of a vit_* of timm as (keywords for ViT, state dict for it): the same model, the same output.
 
-    Besides the names in FROM_TIMM, patch_embed.proj becomes patch_embedding, as a matrix, and pos_embed pos_embedding.
     The weights don't tell the number of heads: it's dim / 64, at most 16, in timm's models. Its norms have eps 1e-6.
     Nor do they tell the activation: models with gelu_tanh (some siglip_gap) get GELU, and so another output. Raises
     ValueError for weights with other layers (registers, layer scale, a norm after pooling ...).
     """
     state = {}
-    for name, tensor in weights.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(NOT_TIMM)
-        for theirs, ours in FROM_TIMM.items():
-            name = name.replace(f".{theirs}.", f".{ours}.")
-        state[name.replace("patch_embed.proj.", "patch_embedding.").replace("pos_embed", "pos_embedding")] = tensor
     try:
+        for name, tensor in weights.items():
+            for theirs, ours in FROM_TIMM.items():
+                name = name.replace(theirs, ours)
+            state[name] = tensor
         depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
         dim, channels, patch, _ = state["patch_embedding.weight"].shape
         mlp_dim = state["blocks.0.mlp.0.weight"].shape[0]
         side = math.isqrt(state["pos_embedding"].shape[1])
         num_classes = state["head.weight"].shape[0] if "head.weight" in state else 0
-    except (KeyError, ValueError, IndexError):
-        raise ValueError(NOT_TIMM) from None
-    state["patch_embedding.weight"] = rearrange(state["patch_embedding.weight"], "d c p q -> d (p q c)")
+        state["patch_embedding.weight"] = rearrange(state["patch_embedding.weight"], "d c p q -> d (p q c)")
+        found = {name: tensor.shape for name, tensor in state.items()}
+    except (AttributeError, TypeError, KeyError, ValueError, IndexError):
+        raise ValueError("these are not the weights of a vit_* of timm: patch_embed, pos_embed, blocks ...") from None
     keywords = {
         "image_size": side * patch,
         "patch_size": patch,
@@ -352,7 +344,6 @@ def from_timm(weights: dict) -> tuple[dict, dict]:
     }
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in ViT(**keywords).state_dict().items()}
-    found = {name: tensor.shape for name, tensor in state.items()}
     if odd := sorted(set(expected.items()) ^ set(found.items())):
         raise ValueError(f"only plain vit_* weights of timm fit, without extra layers: see {odd[0][0]}")
     return keywords, state
@@ -379,9 +370,8 @@ def add_args(parser):
 def build(args, *, image_size: int, channels: int, num_classes: int) -> ViT:
     """The model that the flags of add_args describe."""
     sizes = {"image_size": image_size, "channels": channels, "num_classes": num_classes}
-    for name in inspect.signature(ViT).parameters.keys() - sizes.keys():
-        sizes[name] = getattr(args, name)
-    return ViT(**sizes)
+    others = inspect.signature(ViT).parameters.keys() - sizes
+    return ViT(**sizes, **{name: getattr(args, name) for name in others})
 
 
 def main():
@@ -392,13 +382,12 @@ def main():
     add_args(parser)
     args = parser.parse_args()
     try:
-        with torch.device("meta"):  # takes no memory
-            model = build(args, image_size=32, channels=3, num_classes=10)
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:  # meta takes no memory
+            model = build(args, image_size=32, channels=3, num_classes=10).eval()
             images = torch.randn(1, 3, 32, 32)
+            logits = model(images)
     except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:  # sizes that make no network
         parser.error(str(error).split("\n")[0])
-    with FlopCounterMode(display=False) as counter:
-        logits = model.eval()(images)
     print(f"{type(model).__name__}({', '.join(f'{name}={value!r}' for name, value in model.model_args.items())})")
     print(f"parameters     {sum(p.numel() for p in model.parameters()):,}")
     print(f"multiply-adds  {counter.get_total_flops() // 2:,} an image")
