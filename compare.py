@@ -287,14 +287,14 @@ def command(argv):
             runs.append((name, arguments.changed(args, seed=seed, no_test=True, out=str(folder))))
             arguments.check(runs[-1][1])
 
-    with run_folder.locked(out) as check_not_moved:
+    with run_folder.locked(out) as folder:
         reject_another(out, variants, rest)
-        results = run_all(variants, runs, check_not_moved)
+        results = run_all(variants, runs, folder.check_not_moved)
         if not any(results.values()) and (out / "compare.json").exists():
             raise errors.Failed("no variant has a result: the table from before stays")
         rows = rank(results, variants, own.runs)
         tested = test_some(rows, results, own.test)
-        check_not_moved()
+        folder.check_not_moved()
         report(own, rest, out, rows, results)
     return 0 if tested and not any(row["failed"] for row in rows) else 1
 

@@ -186,11 +186,10 @@ def _inspect(pickled: bytes):
                 start = marks.pop() - before.index(pickletools.markobject)
             taken = stack[start:]
             del stack[start:]
-            fills = opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # the rest goes into the first
-            contents = taken[1:] if fills else taken
-            depth = 1 + max((depth for depth, _ in contents), default=-1)
-            if fills:
-                depth = max(depth, taken[0][0])
+            depths = [1 + depth for depth, _ in taken]
+            if opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"):
+                depths[0] -= 1  # the others go into the first one
+            depth = max(depths, default=0)
             size = 1 + sum(size for _, size in taken)
             if depth > DEEPEST_PICKLE or size > 10 * MOST_VALUES:
                 raise ValueError("its objects lie too deep or too often within each other")
@@ -211,32 +210,20 @@ def validate(path, content, keys: dict, size: int):
             wanted = "only a run's last.pt can be resumed"
         raise ValueError(f"{path} is not a checkpoint of this train.py: {wanted}")
 
-    def damaged(what):
-        return ValueError(f"{path} is damaged: {what}")
-
     try:
         _walk(content, size)
         for name in PLAIN & keys.keys():
             _walk(content[name], size, tensors=False)
+        if "state_dict" in keys:
+            _validate_weights(content["state_dict"])
+        else:  # timm's weights may lie beside other things, which nobody reads
+            _validate_weights({name: value for name, value in content.items() if isinstance(value, torch.Tensor)})
+        if KEYS.keys() <= keys.keys():
+            _validate_description(content)
+        if keys == RESUME_KEYS:
+            _validate_progress(content)
     except ValueError as error:
-        raise damaged(error) from None
-    state_dicts = [("state_dict", content.get("state_dict")) if "state_dict" in keys else ("", content)]
-    if keys == RESUME_KEYS and content["ema"]:
-        state_dicts.append(("ema", content["ema"].get("trained")))
-    for where, state in state_dicts:
-        if not isinstance(state, dict):
-            raise damaged(f"its {where} is no dict of tensors")
-        for name, tensor in state.items():
-            if not keys and not isinstance(tensor, torch.Tensor):
-                continue  # timm's weights may lie beside other things, which nobody reads
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                raise damaged(f"{name!r} in it is no tensor")
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise damaged(f"{name} in it holds values that are not finite numbers")
-    if KEYS.keys() <= keys.keys():
-        _validate_description(content, damaged)
-    if keys == RESUME_KEYS:
-        _validate_progress(content, damaged)
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def _walk(content, size, tensors=True):
@@ -245,15 +232,12 @@ def _walk(content, size, tensors=True):
     while stack:
         value, depth, name = stack.pop()
         seen += 1
-        if seen > MOST_VALUES or depth > DEEPEST:
+        if seen + len(stack) > MOST_VALUES or depth > DEEPEST:
             raise ValueError(f"{name} holds more values than any run leaves there")
         if isinstance(value, torch.Tensor) and tensors:
-            plain = value.layout == torch.strided and not value.is_quantized and value.dtype in DTYPES
-            if not plain or value.device.type != "cpu":
+            if value.layout != torch.strided or value.dtype not in DTYPES or value.device.type != "cpu":
                 raise ValueError(f"{name} is no plain tensor")
-            dense = value.is_contiguous() or (
-                value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
-            )
+            dense = value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
             held += value.nbytes  # shared memory counts for each tensor: most models allocate each
             if not dense or held > 2 * size:  # twice, because tied weights are in the file once
                 raise ValueError(f"{name} is no tensor that the file could hold")
@@ -264,8 +248,6 @@ def _walk(content, size, tensors=True):
                 text += len(str(key))
                 stack.append((inner, depth + 1, str(key)))
         elif isinstance(value, (list, tuple)):
-            if seen + len(stack) + len(value) > MOST_VALUES:
-                raise ValueError(f"{name} holds more values than any run leaves there")
             stack.extend((inner, depth + 1, name) for inner in value)
         elif isinstance(value, str):
             text += len(value)
@@ -277,71 +259,78 @@ def _walk(content, size, tensors=True):
             raise ValueError(f"{name} holds more text than the file could")
 
 
-def _validate_description(content, damaged):
+def _validate_weights(state):
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name!r} in it is no tensor")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} in it holds values that are not finite numbers")
+
+
+def _validate_description(content):
     """What best.pt says of its images."""
     if not content["classes"] or not all(isinstance(name, str) for name in content["classes"]):
-        raise damaged("its classes are no names")
+        raise ValueError("its classes are no names")
     if not 1 <= content["image_size"] <= 1024 or not 1 <= content["channels"] <= 64:
-        raise damaged(f"its images have {content['channels']} channels and {content['image_size']} pixels a side")
-    for name in ("mean", "std"):
+        raise ValueError(f"its images have {content['channels']} channels and {content['image_size']} pixels a side")
+    for name, least in (("mean", -1e6), ("std", 1e-6)):
         numbers = content[name]
-        finite = all(isinstance(x, float) and abs(x) < 1e6 for x in numbers)
-        if len(numbers) != content["channels"] or not finite:
-            raise damaged(f"its {name} is {str(numbers)[:80]}")
-    if min(content["std"]) <= 1e-6:
-        raise damaged(f"its std is {content['std']}")
+        possible = all(isinstance(x, float) and least < x < 1e6 for x in numbers)
+        if len(numbers) != content["channels"] or not possible:
+            raise ValueError(f"its {name} is {str(numbers)[:80]}")
     for name, value in content["model_args"].items():
         if content["args"].get(name) not in (None, value):
-            raise damaged(f"its args and its model_args contradict each other in {name}")
+            raise ValueError(f"its args and its model_args contradict each other in {name}")
     if not all(isinstance(value, (int, float)) for value in content["metrics"].values()):
-        raise damaged("its metrics are no numbers")
+        raise ValueError("its metrics are no numbers")
 
 
-def _validate_progress(content, damaged):
+def _validate_progress(content):
     """What last.pt says of how far the run has come."""
     step = content["step"]
     if not 1 <= step < 2**53 or not 0 <= content["seconds"] < math.inf:
-        raise damaged(f"its step is {step}")
+        raise ValueError(f"its step is {step}")
     before = 0
     validated = content["args"].get("val_split") != 0
     for epoch, row in enumerate(content["history"], start=1):
         numbers = isinstance(row, dict) and {type(value) for value in row.values()} <= {int, float}
-        if not numbers or list(row) != COLUMNS or row["epoch"] != epoch:
-            raise damaged(f"a row of its history is {str(row)[:200]}")
-        if not before < row["step"] <= step:
-            raise damaged(f"its history is ahead of its step {step}")
-        before = row["step"]
-        finite = [row["train_loss"], row["seconds"], row["images_per_second"]] + validated * [row["val_loss"]]
-        shares = [row["train_acc"]] + validated * [row["val_acc"]]
-        possible = all(map(math.isfinite, finite)) and all(0 <= share <= 1 for share in shares) and row["seconds"] > 0
+        possible = numbers and list(row) == COLUMNS and row["epoch"] == epoch and row["seconds"] > 0
+        if possible:
+            finite = ["train_loss", "seconds", "images_per_second"] + validated * ["val_loss"]
+            shares = ["train_acc"] + validated * ["val_acc"]
+            possible = all(math.isfinite(row[name]) for name in finite) and all(0 <= row[name] <= 1 for name in shares)
         if not possible or math.isnan(row["val_acc"]) == validated:
-            raise damaged(f"a row of its history is {str(row)[:200]}")
+            raise ValueError(f"a row of its history is {str(row)[:200]}")
+        if not before < row["step"] <= step:
+            raise ValueError(f"its history is ahead of its step {step}")
+        before = row["step"]
     totals = content["totals"]
     if totals.shape != (3,) or not totals.isfinite().all() or not 0 <= totals[1] <= totals[2]:
-        raise damaged("its totals are no three numbers that fit each other")
+        raise ValueError("its totals are no three numbers that fit each other")
     if (totals[2] == 0) != (step == before):
-        raise damaged(f"its totals of {totals[2]:g} images don't fit its step {step}, after {before} in its history")
+        raise ValueError(f"its totals of {totals[2]:g} images don't fit its step {step}, after {before} in its history")
     if content["scaler"]:
-        _validate_scaler(content["scaler"], damaged)
-    groups, states = content["optimizer"].get("param_groups"), content["optimizer"].get("state")
-    if not isinstance(groups, list) or not isinstance(states, dict):
-        raise damaged("its optimizer has no state")
-    if not all(isinstance(state, dict) for state in states.values()):
-        raise damaged("its optimizer's state is no dict for each parameter")
-    if content["ema"] and not (isinstance(content["ema"].get("updates"), int) and content["ema"]["updates"] >= 0):
-        raise damaged("its ema has no number of updates")
+        _validate_scaler(content["scaler"])
+    states = content["optimizer"].get("state")
+    if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
+        raise ValueError("its optimizer's state is no dict for each parameter")
+    if content["ema"]:
+        trained, updates = content["ema"].get("trained"), content["ema"].get("updates")
+        if not isinstance(trained, dict) or not isinstance(updates, int) or updates < 0:
+            raise ValueError("its ema has no weights or no number of updates")
+        _validate_weights(trained)
     rng = content["rng"]
     if not rng or not all(isinstance(s, dict) and isinstance(s.get("cpu"), torch.Tensor) and "cuda" in s for s in rng):
-        raise damaged("it holds no random-number states")
+        raise ValueError("it holds no random-number states")
 
 
-def _validate_scaler(scaler, damaged):
+def _validate_scaler(scaler):
     """What the GradScaler of fp16 leaves."""
     numbers = [scaler.get(name) for name in ("scale", "growth_factor", "backoff_factor")]
     counts = [scaler.get(name) for name in ("growth_interval", "_growth_tracker")]
     fits = all(type(x) is float and 0 < x < 1e38 for x in numbers) and all(type(x) is int for x in counts)
     if not fits or not numbers[2] < 1 < numbers[1] or not 0 <= counts[1] <= counts[0] < 2**31:
-        raise damaged(f"its scaler is {str(scaler)[:200]}")
+        raise ValueError(f"its scaler is {str(scaler)[:200]}")
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, saved: dict, *, may_be_empty: bool = False) -> dict:
@@ -393,36 +382,30 @@ def _left_by_a_step(optimizer, group) -> dict:
     return {name: type(value) for name, value in trial.state[parameter].items()}
 
 
-LBFGS_KINDS = {
-    **dict.fromkeys(("d", "prev_flat_grad", "old_dirs", "old_stps"), "vector"),
-    **dict.fromkeys(("t", "ro", "H_diag", "prev_loss"), "number"),
-    "al": "any",
-}
-
-
 def _check_lbfgs(optimizer, saved):
     """Raise ValueError unless every vector in L-BFGS's state has a number for each parameter."""
     total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    most = optimizer.param_groups[0]["history_size"]
+    shapes = dict.fromkeys(("d", "prev_flat_grad", "old_dirs", "old_stps"), (total,))
+    shapes |= dict.fromkeys(("t", "ro", "H_diag", "prev_loss"), ())
     state = saved.get(0, {})
     evaluations, iterations = state.get("func_evals"), state.get("n_iter")
     counted = type(evaluations) is type(iterations) is int and evaluations >= 1 and iterations >= 0
-    # Without any iteration, where the gradient is 0, there is nothing else.
-    names = {"func_evals", "n_iter", *LBFGS_KINDS} if iterations else {"func_evals", "n_iter", "al"}
+    names = {"func_evals", "n_iter", "al"}
+    if iterations:  # none where the gradient is 0
+        names |= shapes.keys()
     if set(saved) != {0} or not counted or state.keys() | {"al"} != names:
         raise ValueError("the optimizer's state is not L-BFGS's")
-    for name, kind in LBFGS_KINDS.items():
-        values = state.get(name, [])
-        for value in values if isinstance(values, list) else [values]:
-            vector = isinstance(value, torch.Tensor) and value.shape == (total,) and value.dtype == torch.float32
-            scalar = isinstance(value, torch.Tensor) and value.shape == () and value.is_floating_point()
-            number = isinstance(value, (int, float)) or scalar
-            if not {"vector": vector, "number": number, "any": number or value is None}[kind]:
+    for name in shapes.keys() & state.keys():
+        for value in state[name] if isinstance(state[name], list) else [state[name]]:
+            number = isinstance(value, (int, float)) and not shapes[name]
+            if not number and not (isinstance(value, torch.Tensor) and value.shape == shapes[name]):
                 raise ValueError(f"the optimizer's {name} doesn't fit the parameters")
-            if isinstance(value, torch.Tensor) and value.isnan().any():
+            if not number and (value.dtype != torch.float32 or value.isnan().any()):
                 raise ValueError(f"the optimizer's {name} has values that are not numbers")
-    lengths = {len(state.get(name) or []) for name in ("old_dirs", "old_stps", "ro")}
-    most, al = optimizer.param_groups[0]["history_size"], state.get("al")
-    if len(lengths) > 1 or max(lengths) > most or (al is not None and len(al) != most):
+    lengths = {len(state.get(name, [])) for name in ("old_dirs", "old_stps", "ro")}
+    scratch = state.get("al", [None] * most)  # overwritten before it is read
+    if len(lengths) > 1 or max(lengths) > most or not isinstance(scratch, list) or len(scratch) != most:
         raise ValueError("the optimizer's state contradicts itself")
 
 

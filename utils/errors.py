@@ -139,6 +139,8 @@ def while_training(args):
     """Turn errors in this context into Failed, with a remedy if there is one: the run has begun."""
     try:
         yield
+    except Failed:
+        raise
     except (ValueError, OSError) as error:
         raise Failed(error) from None
     except Exception as error:

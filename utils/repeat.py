@@ -15,18 +15,19 @@ def repeat(args, run_once) -> int:
     name = build.load_data(args)[0].name
     default = Path("runs") / f"{args.model}-{name}-{args.opt}-{args.sched}-x{args.runs}"
     unfinished = args.out and next(Path(args.out).glob("seed-*"), None) and not Path(args.out, "result.json").exists()
-    results, failed, status = [], [], 0
+    results, failed = [], []
     with run_folder.open_folder(args.out, default, going_on=unfinished) as folder:
         try:
             for seed in range(args.seed, args.seed + args.runs):
-                with errors.while_training(args):
-                    folder.check_not_moved()
+                folder.check_not_moved()
                 own = arguments.changed(args, seed=seed, runs=1, out=str(folder.path / f"seed-{seed}"))
                 if results:  # the first may have fallen back to another set
                     own = arguments.changed(own, data=results[0]["args"]["data"])
                 result, status = run_seed(own, run_once)
                 if status > 128:
-                    break
+                    out = shlex.quote(str(folder.path))
+                    run_folder.print_line(f"interrupted: with --out {out} the same command goes on from here")
+                    return status
                 if status:
                     failed.append(seed)
                 else:
@@ -34,10 +35,6 @@ def repeat(args, run_once) -> int:
         finally:
             if not results and not failed:
                 folder.remove_if_unused()
-        if status > 128:
-            out = shlex.quote(str(folder.path))
-            run_folder.print_line(f"interrupted: with --out {out} the same command goes on from here")
-            return status
         if failed:
             folder.log(f"failed: the runs with seed {', '.join(map(str, failed))}; {len(results)} are left")
         if len(results) > 1:
@@ -52,8 +49,6 @@ def repeat(args, run_once) -> int:
 def run_seed(args, run_once):
     """One run of --runs. A finished one of the same arguments isn't run again, an interrupted one goes on."""
     folder = Path(args.out)
-    if not folder.exists():
-        return run_once(args)
     checkpoint = result = None
     if (folder / "last.pt").exists():
         checkpoint = checkpoints.load(folder / "last.pt", keys=checkpoints.RESUME_KEYS)
@@ -86,7 +81,7 @@ def read_result(path: Path) -> dict:
     """What a finished or interrupted seed has left. Raises ValueError for anything else."""
     try:
         result = json.loads(path.read_text())
-        for name in run_folder.OF_ALL + run_folder.OF_EACH + ("train_pflops", "best_val_acc"):
+        for name in (*run_folder.OF_ALL, *run_folder.OF_EACH, "train_pflops"):
             result[name]
         result["args"]["data"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:

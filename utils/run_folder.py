@@ -25,11 +25,11 @@ OF_EACH = ("seed", "test_acc", "test_loss", "best_epoch", "best_val_acc", "epoch
 DRAW_EVERY = 30  # seconds; drawing takes half a second
 
 
-class RunFolder:
+class RunFolder(contextlib.AbstractContextManager):
     """Where a run is written. On ranks other than 0 nothing is written, and `log` prints nothing.
 
     It holds the folder's lock until it is closed. If the folder was moved away or replaced, every method that
-    writes, except log, raises OSError: another run's files may lie under that name.
+    writes, except log, raises Failed: another run's files may lie under that name.
     """
 
     def __init__(self, path, log=None, held=None, made=()):
@@ -40,20 +40,15 @@ class RunFolder:
         self.drawn = time.perf_counter()
         self.events = None  # of TensorBoard
 
-    def was_moved(self) -> bool:
-        """Was the folder moved away or replaced?"""
-        return self.held is not None and was_moved(self.path, self.held)
-
     def check_not_moved(self):
-        """Raise OSError if the folder was moved away or replaced."""
-        if self.was_moved():
-            raise OSError(f"the run's folder {self.path} was moved away or replaced: the run stops")
+        """Raise Failed if the folder was moved away or replaced."""
+        if was_moved(self.path, self.held):
+            raise errors.Failed(f"the folder {self.path} was moved away or replaced: nothing more is written")
 
     def log(self, line: str):
         """Print a line, and append it to log.txt."""
         if self.file:
-            with contextlib.suppress(UnicodeError):
-                self.file.write(line + "\n")
+            self.file.write(line + "\n")
         print_line(line)
 
     def save(self, name: str, content: dict):
@@ -77,13 +72,17 @@ class RunFolder:
 
     def report(self, history: list, best: dict | None, epochs: int, seconds_left: float):
         """What is written and printed after an epoch, besides checkpoints."""
+        row = history[-1]
         self.write_metrics(history)
         if self.events:
-            write_events(self.events, history[-1])
+            for name, value in row.items():
+                if name not in ("epoch", "step") and not math.isnan(value):
+                    self.events.add_scalar(name, value, row["step"])
+            self.events.flush()
         if time.perf_counter() - self.drawn > DRAW_EVERY:
             self.draw(history, best)
             self.drawn = time.perf_counter()
-        self.log(epoch_line(history[-1], epochs, best is history[-1], seconds_left))
+        self.log(epoch_line(row, epochs, best is row, seconds_left))
 
     def draw(self, history: list, best: dict | None):
         """Draw curves.png. If that fails, log one line and go on."""
@@ -112,7 +111,7 @@ class RunFolder:
 
     def remove_if_unused(self):
         """Remove what open_folder made, if it's still there and nothing has been written into it since."""
-        if self.file and not self.file.tell() and not self.was_moved():
+        if self.file and not self.file.tell() and not was_moved(self.path, self.held):
             self.file.close()  # Windows removes no open file
             self.file = None
             (self.path / "log.txt").unlink()
@@ -121,7 +120,7 @@ class RunFolder:
     def discard(self, *names):
         """Remove the named files, which this process has written into a new folder, and the folder."""
         with contextlib.suppress(OSError):
-            if self.file and not self.was_moved():
+            if self.file and not was_moved(self.path, self.held):
                 for name in names:
                     (self.path / name).unlink(missing_ok=True)
                 self.remove_if_unused()
@@ -133,9 +132,6 @@ class RunFolder:
         if self.held is not None:
             os.close(self.held)
         self.file = self.held = self.events = None
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         self.close()
@@ -175,39 +171,36 @@ def open_folder(out, default, going_on=False) -> RunFolder:
 
 
 def _claim(out, default, going_on):
-    if out:
-        candidates = [Path(out)]
-    else:
-        candidates = [Path(default), *(Path(f"{default}-{n}") for n in range(2, 10000))]
+    candidates = [Path(out or default)]
+    if not out:
+        candidates += [Path(f"{default}-{n}") for n in range(2, 10000)]
     for path in candidates:
         if not out and holds_run(path):
             continue
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         held = claimed = None
-        free = True
         try:
-            str(path).encode()  # torch can't read a checkpoint whose path isn't UTF-8
-            path.mkdir(parents=True, exist_ok=True)
-            if os.name == "posix":
-                held = os.open(path, os.O_RDONLY)  # follows the folder if it is moved
-            free = held is None or lock(held)
-            if free and (going_on or not holds_run(path)):
+            held = create(path)
+            if not lock(held):
+                made = []  # another process has made it, or will write there
+                if out:
+                    raise ValueError(f"--out {path} is being written by a run that is alive: name another folder")
+            elif going_on or not holds_run(path):
                 log = path / "log.txt"
                 if os.path.islink(log) or (log.exists() and not log.is_file()):
                     raise ValueError(f"--out {path} has a log.txt that is no file: name another folder")
                 file = open(log, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
                 claimed = RunFolder(path, file, held, made)
                 return claimed
-            if out and not free:
-                raise ValueError(f"--out {path} is being written by a run that is alive: name another folder")
-        except (OSError, UnicodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise ValueError(f"--out {path} can't be written ({why}): name another folder") from None
+        except OSError as error:
+            raise ValueError(
+                f"--out {path} can't be written ({error.strerror or error}): name another folder"
+            ) from None
         finally:
-            if not claimed and free:  # else another process has made it, or will write there
+            if not claimed:
                 remove_empty(made)
-            if not claimed and held is not None:
-                os.close(held)
+                if held is not None:
+                    os.close(held)
     remedy = "name another folder"
     if (candidates[0] / "last.pt").exists():
         remedy += ", or --resume its last.pt"
@@ -225,43 +218,38 @@ def holds_run(path: Path) -> bool:
     return any((path / name).exists() for name in RUN_FILES) or any(path.glob("seed-*"))
 
 
-@contextlib.contextmanager
-def locked(path: Path):
-    """Create a folder of runs, and hold its lock. Raises ValueError if another process has it.
+def locked(path: Path) -> RunFolder:
+    """Create and lock a folder of runs, without a log. Raises ValueError if another process has it."""
+    held = create(path)
+    if not lock(held):
+        os.close(held)
+        raise ValueError(f"--out {path} is being written by a command that is alive: name another folder")
+    return RunFolder(path, held=held)
 
-    Yields a function that raises Failed if the folder was moved away or replaced since.
-    """
+
+def create(path: Path) -> int | None:
+    """Create a folder. Returns it opened, which follows it if it is moved; None on Windows, which opens no folders."""
     try:
-        str(path).encode()  # as in _claim
-    except UnicodeError as error:
+        str(path).encode()
+    except UnicodeError as error:  # torch couldn't read a checkpoint from there
         raise ValueError(f"--out {path} can't be written ({error}): name another folder") from None
     path.mkdir(parents=True, exist_ok=True)
-    held = os.open(path, os.O_RDONLY) if os.name == "posix" else None
-
-    def check_not_moved():
-        if held is not None and was_moved(path, held):
-            raise errors.Failed(f"--out {path} was moved away or replaced: nothing more is written")
-
-    try:
-        if held is not None and not lock(held):
-            raise ValueError(f"--out {path} is being written by a command that is alive: name another folder")
-        yield check_not_moved
-    finally:
-        if held is not None:
-            os.close(held)
+    return os.open(path, os.O_RDONLY) if os.name == "posix" else None
 
 
-def was_moved(path: Path, folder: int) -> bool:
+def was_moved(path: Path, folder: int | None) -> bool:
     """Is the path no longer that of an open folder?"""
     try:
-        return not os.path.samestat(os.fstat(folder), os.stat(path))
+        return folder is not None and not os.path.samestat(os.fstat(folder), os.stat(path))
     except FileNotFoundError:
         return True
 
 
-def lock(folder: int) -> bool:
+def lock(folder: int | None) -> bool:
     """Lock an open folder for this process; False if another one has it."""
-    import fcntl  # Windows lacks it; there lock() isn't called
+    if folder is None:
+        return True
+    import fcntl  # Windows lacks it
 
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -270,14 +258,6 @@ def lock(folder: int) -> bool:
     except OSError:
         pass  # a file system without locks
     return True
-
-
-def write_events(writer, row: dict):
-    """Write an epoch's row as TensorBoard events."""
-    for name, value in row.items():
-        if name not in ("epoch", "step") and not math.isnan(value):
-            writer.add_scalar(name, value, row["step"])
-    writer.flush()
 
 
 # ---------------------------------------------------------------------------------------------- lines and tables
@@ -313,8 +293,7 @@ def describe_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
         by_lr.setdefault(group["initial_lr"], []).append(group)
     lines = []
     for lr, groups in sorted(by_lr.items(), reverse=True):
-        inside = {names[id(p)] for group in groups for p in group["params"]}
-        shown = prefixes([name for name in names.values() if name in inside], names.values())
+        shown = prefixes({names[id(p)] for group in groups for p in group["params"]}, names.values())
         line = f"lr {lr:.3g}: {', '.join(shown)} ({size_of(groups):,} parameters"
         decaying = [group for group in groups if group.get("weight_decay")]
         if decaying:
@@ -337,10 +316,11 @@ def beginnings(name):
 
 def prefixes(chosen, known):
     """The shortest prefixes that name all the chosen parameters and no other; of many, the first and last few."""
-    found, chosen = {}, dict.fromkeys(chosen)  # dicts keep the order
-    shared = {prefix for name in known if name not in chosen for prefix in beginnings(name)}
-    for name in chosen:
-        found[next(prefix for prefix in beginnings(name) if prefix not in shared)] = None
+    shared = {prefix for name in set(known) - set(chosen) for prefix in beginnings(name)}
+    found = {}  # a dict keeps the order, and holds each once
+    for name in known:
+        if name in chosen:
+            found[next(prefix for prefix in beginnings(name) if prefix not in shared)] = None
     found = list(found)
     return [*found[:3], "...", *found[-2:]] if len(found) > 6 else found
 
@@ -404,9 +384,8 @@ def over_seeds(results: list[dict]) -> tuple[str, dict]:
     each = ", ".join(f"{acc:.4f}" for acc in accs)
     text = f"{split} acc {mean:.4f} +- {std:.4f} (mean and standard deviation, n = {len(accs)}: {each}), "
     text += f"{seconds:.1f} s each"
-    same = {key: results[0][key] for key in OF_ALL}
     return text, {
-        **same,
+        **{key: results[0][key] for key in OF_ALL},
         f"{split}_acc": mean,
         f"{split}_acc_std": std,
         "n": len(accs),
@@ -418,10 +397,8 @@ def over_seeds(results: list[dict]) -> tuple[str, dict]:
 
 def commit() -> str | None:
     """The git commit of this code, with a + if files differ from it; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
