@@ -28,7 +28,7 @@ import data
 import train
 from utils import arguments, build, errors, evaluation, finetune, report
 
-LOWEST, HIGHEST, PER_DECADE = 1e-7, 10.0, 12  # the learning rates of --find-lr
+RATES = [1e-7 * 10 ** (i / 12) for i in range(97)]  # of --find-lr, from 1e-7 to 10
 
 
 def parse_args(argv=None):
@@ -54,21 +54,10 @@ def parse_args(argv=None):
     return arguments.changed(args, accum=1, minutes=None), own.find_lr
 
 
-@dataclasses.dataclass
-class Checked:
-    """What the checks look at, and what they hand on."""
-
-    run: train.Run
-    trained: torch.nn.Module | None = None  # a model that has overfitted a batch
-    reached: set = dataclasses.field(default_factory=set)  # names of parameters that had a gradient there
-
-
 def plain_batches(run, size):
-    """Normalised training images and their labels in random order, without augmentation, without end."""
-    dataset = run.dataset
-    for epoch in itertools.count():
-        key = (run.args.seed, epoch)
-        yield from augment.batches(run.train_set, size, dataset.mean, dataset.std, run.device, key=key)
+    """An epoch of normalised training images and their labels in random order, without augmentation."""
+    mean, std, key = run.dataset.mean, run.dataset.std, (run.args.seed, 0)
+    return augment.batches(run.train_set, size, mean, std, run.device, key=key)
 
 
 def descend(run, multipliers, batches):
@@ -90,11 +79,12 @@ def lr_curve(run):
 
 
 # --------------------------------------------------------- the checks: each returns (passed, what was found, remedy)
+# `earlier` holds what overfit_a_batch leaves for the two checks after it.
 
 
-def normalisation(checked):
+def normalisation(run, earlier):
     """With the right constants, training images have mean 0 and standard deviation 1."""
-    dataset = checked.run.dataset
+    dataset = run.dataset
     means, stds = data.pixel_stats(dataset.train.images)
     passed = True
     for mean, std, used_mean, used_std in zip(means, stds, dataset.mean, dataset.std, strict=True):
@@ -110,9 +100,8 @@ def hashes(images):
     return torch.cat([(some.flatten(1).long() * weights).sum(1) for some in parts])
 
 
-def overlap(checked):
+def overlap(run, earlier):
     """Held-out images are not trained on, pixel for pixel. Real sets hold a few twins: one in a thousand is allowed."""
-    run = checked.run
     training = hashes(run.train_set.images)
     validation = hashes(run.val_set.images)
     test = hashes(run.dataset.test.images)
@@ -124,16 +113,13 @@ def overlap(checked):
     return passed, found, "remove the copies from one side"
 
 
-def labels(checked):
+def labels(run, earlier):
     """A linear fit to coarse pixels beats one to shuffled labels; each image is predicted by a fit to all others."""
-    run = checked.run
     size = evaluation.batch_size(run.train_set.images.shape[1:])
     count = math.ceil(min(5000, len(run.train_set.labels)) / size)
     coarse, answers = [], []
     for images, some in itertools.islice(plain_batches(run, size), count):
-        if images.device.type == "mps":  # which can't pool 28 pixels to 16
-            images = images.cpu()
-        coarse.append(F.adaptive_avg_pool2d(images, min(16, images.shape[-1])).cpu())
+        coarse.append(F.adaptive_avg_pool2d(images.cpu(), min(16, images.shape[-1])))  # MPS can't pool 28 pixels to 16
         answers.append(some.cpu())
     answers = torch.cat(answers)
     n, classes = len(answers), len(run.dataset.classes)
@@ -155,9 +141,8 @@ def labels(checked):
     return real > chance + 5 * noise, found, "see whether the labels belong to these images: they look shuffled"
 
 
-def loss_at_initialisation(checked):
+def loss_at_initialisation(run, earlier):
     """A fresh model knows nothing, and its loss should show it."""
-    run = checked.run
     some = data.Split(run.train_set.images[:500], run.train_set.labels[:500])
     loss, _ = evaluation.evaluate(run.model, some, run.dataset, run.device, run.precision)
     guess = math.log(len(run.dataset.classes))
@@ -166,70 +151,68 @@ def loss_at_initialisation(checked):
     return lowest < loss < 1.2 * guess, found, "start the last layer smaller, such as at zero"
 
 
-def overfit_a_batch(checked):
+def overfit_a_batch(run, earlier):
     """A few images can be learned by an optimizer that needs no tuning. The next two checks need this one."""
-    trial = build.trial(checked.run, opt="adamw", clip_grad=None)
-    optimizer = torch.optim.AdamW([p for p in trial.model.parameters() if p.requires_grad], 2e-3)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+    trial = build.trial(run, opt="adamw", clip_grad=None)
+    trainable = [p for p in trial.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": trainable, "initial_lr": 2e-3}])  # descend() sets the learning rate
     trial = dataclasses.replace(trial, optimizer=optimizer)
-    images, answers = next(plain_batches(checked.run, 16))
+    reached = set()  # names of parameters that had a gradient
+    images, answers = next(plain_batches(run, 16))
     batches = itertools.repeat((images, answers, len(answers)))
     for _, correct, count in descend(trial, [1.0] * 40, batches):
         for name, parameter in trial.model.named_parameters():
             if parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any():
-                checked.reached.add(name)
+                reached.add(name)
         accuracy = correct / count
-    checked.trained = trial.model
+    earlier |= {"trained": trial.model, "reached": reached}
     found = f"{accuracy:.0%} of {len(answers)} images learned in 40 steps"
     return accuracy > 0.7, found, "see what keeps the images from the logits, or lower --dropout"
 
 
-def gradients(checked):
+def gradients(run, earlier):
     """Every parameter that isn't frozen on purpose gets a finite gradient that isn't 0, and the optimizer has it."""
-    run = checked.run
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     parameters = dict(run.model.named_parameters())
     frozen = {name for prefix in run.args.freeze for name in finetune.below(prefix, parameters)}
     frozen.update(getattr(run.model, "fixed", ()))
     wanted = {name: p for name, p in parameters.items() if name not in frozen}
-    still = [name for name, p in wanted.items() if name not in checked.reached or id(p) not in held]
+    still = [name for name, p in wanted.items() if name not in earlier["reached"] or id(p) not in held]
     found = f"{len(wanted) - len(still)} of {len(wanted)} parameters learn"
     if frozen:
         found += f" ({len(frozen)} frozen)"
     if still:
-        found += f", not {', '.join(still[:3])}"
-    if len(still) > 3:
-        found += ", ..."
+        found += f", not {finetune.few(still)}"
     return not still, found, "look for requires_grad, detach(), and what the optimizer is given"
 
 
-def batch_independence(checked):
+def batch_independence(run, earlier):
     """A prediction doesn't depend on the other images of the batch."""
-    images, _ = next(plain_batches(checked.run, 16))
+    images, _ = next(plain_batches(run, 16))
+    model = earlier["trained"].eval()
     with torch.inference_mode():
-        together = checked.trained.eval()(images)
-        apart = torch.cat([checked.trained(image) for image in images.split(1)])
+        together = model(images)
+        apart = torch.cat([model(image) for image in images.split(1)])
     difference = ((together - apart).abs().max() / together.abs().max().clamp(min=1e-9)).item()
     return difference < 0.01, f"logits differ by {difference:.1g} of the largest", "look for statistics over the batch"
 
 
-def schedule(checked):
+def schedule(run, earlier):
     """The learning rate comes up to --lr, and ends at its lowest after that."""
-    args = checked.run.args
-    values, epochs, peak = lr_curve(checked.run)
-    found = f"learning rate {args.lr * values[0]:.2g} at first, {args.lr * values[peak]:.2g} from epoch "
-    found += f"{epochs[peak]:.3g} on, {args.lr * values[-1]:.2g} at last"
-    ends_low = args.sched == "restarts" or values[-1] <= 1.01 * min(values[peak:]) + 1e-6
+    lr = run.args.lr
+    values, epochs, peak = lr_curve(run)
+    found = f"learning rate {lr * values[0]:.2g} at first, {lr * values[peak]:.2g} from epoch {epochs[peak]:.3g} on, "
+    found += f"{lr * values[-1]:.2g} at last"
+    ends_low = run.args.sched == "restarts" or values[-1] <= 1.01 * min(values[peak:]) + 1e-6
     return values[peak] > 0.5 and ends_low, found, "make --warmup-epochs and --t-max fit --epochs"
 
 
-def learning_rate(checked):
+def learning_rate(run, earlier):
     """The loss doesn't double in 8 steps through the schedule up to its peak and 8 steps at its peak."""
-    args = checked.run.args
-    values, _, peak = lr_curve(checked.run)
+    args = run.args
+    values, _, peak = lr_curve(run)
     short = [values[peak * i // 8] for i in range(8)] + [values[peak]] * 8
-    trial = build.trial(checked.run, batch_size=max(min(64, args.batch_size), checked.run.smallest_batch(1)))
+    trial = build.trial(run, batch_size=max(min(64, args.batch_size), run.smallest_batch(1)))
     losses = [loss_sum / count for loss_sum, _, count in descend(trial, short, build.training_batches(trial, 0))]
     found = f"training loss {losses[0]:.4f} at first, {max(losses):.4f} at most in 16 steps up to --lr {args.lr:g}"
     calm = all(loss < 2 * losses[0] for loss in losses)  # NaN isn't
@@ -242,11 +225,11 @@ CHECKS = (
 )  # fmt: skip
 
 
-def check(checked):
+def check(run):
     """Print a line for each check. Returns the exit status."""
-    failed = 0
+    earlier, failed = {}, 0
     for function in CHECKS:
-        passed, found, remedy = function(checked)
+        passed, found, remedy = function(run, earlier)
         name = function.__name__.replace("_", " ")
         if passed:
             errors.show(f"ok    {name:22}  {found}")
@@ -267,12 +250,10 @@ def find_lr(run):
     of the learning rate at which the loss falls fastest and a tenth of the one at which it is lowest. Raises ValueError
     if the loss isn't finite from the first steps on.
     """
-    count = round(math.log10(HIGHEST / LOWEST) * PER_DECADE) + 1
-    lrs = [LOWEST * 10 ** (i / PER_DECADE) for i in range(count)]
     trial = build.trial(run)
-    steps = descend(trial, [lr / run.args.lr for lr in lrs], build.training_batches(trial, 0))
+    steps = descend(trial, [lr / run.args.lr for lr in RATES], build.training_batches(trial, 0))
     smooth, mean = [], 0.0
-    steps = data.progress_bar(steps, total=count, desc="find-lr", unit=" steps")
+    steps = data.progress_bar(steps, total=len(RATES), desc="find-lr", unit=" steps")
     for step, (loss_sum, _, images) in enumerate(steps, start=1):
         mean += 0.2 * (loss_sum / images - mean)
         value = mean / (1 - 0.8**step)
@@ -285,7 +266,7 @@ def find_lr(run):
         raise ValueError("--find-lr: the loss isn't finite in the first steps, see --weight-decay and --loss")
     lowest = smooth.index(min(smooth))
     fastest = max(range(4, max(5, lowest + 1)), key=lambda i: smooth[i - 4] - smooth[i])
-    return lrs[: len(smooth)], smooth, math.sqrt(lrs[fastest] * lrs[lowest] / 10)
+    return RATES[: len(smooth)], smooth, math.sqrt(RATES[fastest] * RATES[lowest] / 10)
 
 
 def suggest(run, path):
@@ -311,15 +292,16 @@ def suggest(run, path):
     errors.show(f"wrote {path}")
 
 
-def main(argv=None):
-    def command():
-        args, path = parse_args(argv)
-        checked = Checked(train.prepare(args))
-        if checked.run.dataset.note:
-            errors.show(checked.run.dataset.note.strip())
-        return suggest(checked.run, path) if path else check(checked)
+def command(argv):
+    args, path = parse_args(argv)
+    run = train.prepare(args)
+    if run.dataset.note:
+        errors.show(run.dataset.note.strip())
+    return suggest(run, path) if path else check(run)
 
-    return errors.exit_status("diagnose.py", command, flags=arguments.as_flags)
+
+def main(argv=None):
+    return errors.exit_status("diagnose.py", lambda: command(argv), flags=arguments.as_flags)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,8 @@ READ_BY = {
 
 
 def make_parser():
-    parser = arguments.Parser(
-        "predict.py", description="Use a trained model: classify images, report on a dataset, plot attention, export."
-    )
+    text = "Use a trained model: classify images, report on a dataset, plot attention, export."
+    parser = arguments.Parser("predict.py", description=text)
     flag = parser.add_argument
     flag("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run")
     flag("images", nargs="*", metavar="IMAGE", help="image files, and folders of them; their centre is seen")
@@ -85,14 +84,19 @@ def check(args):
         raise ValueError(f"--attention {args.attention} needs one image, {len(args.images)} are given")
     if mode == "attention" and not args.attention.lower().endswith(".png"):
         raise ValueError(f"--attention {args.attention} must end in .png")
-    if mode == "attention" and os.path.exists(args.attention):
-        if not os.path.isfile(args.attention):
-            raise ValueError(f"--attention {args.attention} is no file: name another one")
-        for path in (args.checkpoint, *args.images):
-            if os.path.exists(path) and os.path.samefile(args.attention, path):
-                raise ValueError(f"--attention {args.attention} is {path} itself: name another file")
+    if mode == "export" and Path(args.export).suffix not in (".pt2", ".onnx"):
+        raise ValueError(f"--export {args.export} must end in .pt2 (torch.export) or .onnx")
     if mode == "images" and not args.images:
         raise ValueError("nothing to do: name image files or folders, --report DATA or --export FILE")
+    target = args.attention or args.export
+    if target and not Path(target).parent.is_dir():
+        raise ValueError(f"--{mode} {target} must be in a folder that exists")
+    if target and os.path.exists(target):
+        if not os.path.isfile(target):
+            raise ValueError(f"--{mode} {target} is no file: name another one")
+        for path in (args.checkpoint, *args.images):
+            if os.path.exists(path) and os.path.samefile(target, path):
+                raise ValueError(f"--{mode} {target} is {path} itself: name another file")
     return mode
 
 
@@ -149,11 +153,8 @@ def logits_of(model, images, checkpoint, device):
     size = evaluation.batch_size(images.shape[1:])
     split = images, torch.zeros(len(images), dtype=torch.int64)  # labels aren't read
     batches = augment.batches(split, size, checkpoint["mean"], checkpoint["std"], device)
-    logits = []
     with torch.inference_mode(), devices.autocast(device, precision):
-        for x, _ in batches:
-            logits.append(model(x).float().cpu())
-    logits = torch.cat(logits)
+        logits = torch.cat([model(x).float().cpu() for x, _ in batches])
     if not logits.isfinite().all():
         raise ValueError("the model's outputs are not finite numbers: nothing can be said by it")
     return logits
@@ -180,19 +181,19 @@ def predict(args, checkpoint, model, device):
         chunks = data.progress_bar(chunks, desc="predicting", unit=f" x {size} images")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for chunk in chunks:
-            done = []
+            paths, images = [], []
             for path, (image, was_cropped) in zip(chunk, pool.map(attempt, chunk), strict=True):
                 if isinstance(image, ValueError):
                     errors.complain("predict.py", image)
                     status = 2
                 else:
-                    done.append((path, image))
+                    paths.append(path)
+                    images.append(image)
                     cropped += was_cropped
                     dark += is_dark_on_light(image, checkpoint)
-            if done:
-                images = torch.stack([image for _, image in done])
-                probabilities = logits_of(model, images, checkpoint, device).softmax(1)
-                print_predictions([path for path, _ in done], probabilities, classes, top, args.json)
+            if images:
+                logits = logits_of(model, torch.stack(images), checkpoint, device)
+                print_predictions(paths, logits.softmax(1), classes, top, args.json)
     if cropped:
         log(f"note: {cropped:,} of {len(files):,} images aren't square, only their centre was seen")
     if dark and not args.invert:
@@ -218,19 +219,14 @@ def print_predictions(paths, probabilities, classes, top, as_json):
 def held_out(checkpoint, dataset):
     """The images of the run's dataset that it held out; None if that can't be told."""
     run = checkpoint["args"]
-    if checkpoint.get("images") != checkpoints.fingerprint(*dataset.train):
+    if not run.get("val_split") or checkpoint.get("images") != checkpoints.fingerprint(*dataset.train):
         return None  # other images than the run's, or the same in part: a split may hold out what was trained on
-    try:
-        return data.split(dataset.train, run["val_split"], run["seed"])[1] if run.get("val_split") else None
-    except ValueError:  # too few
-        return None
+    with contextlib.suppress(ValueError):  # too few
+        return data.split(dataset.train, run["val_split"], run["seed"])[1]
 
 
 def print_report(args, checkpoint, model, device):
-    """--report: results on the test images as text or JSON, and three plots.
-
-    The temperature is fitted on the training images that --val-split of the run held out.
-    """
+    """--report: results on the test images as text or JSON, and three plots."""
     dataset = models.dataset_for(checkpoint, args.report, args.data_dir or "data", args.checkpoint)
     out = Path(args.out or Path(args.checkpoint).parent / f"report-{dataset.name}")
     if os.path.lexists(out) and not out.is_dir():
@@ -243,7 +239,6 @@ def print_report(args, checkpoint, model, device):
     matrix = report.confusion(labels, logits.argmax(1), len(classes))
     precision, recall = report.precision_and_recall(matrix)
     calibrations = {"as trained": report.calibration(logits, labels)}
-    error = calibrations["as trained"][0]
     results = {
         "data": dataset.name,
         "images": len(labels),
@@ -252,20 +247,19 @@ def print_report(args, checkpoint, model, device):
         "precision": report.by_class(classes, precision),
         "recall": report.by_class(classes, recall),
         "confusion": matrix.tolist(),
-        "calibration_error": error,
+        "calibration_error": calibrations["as trained"][0],
     }
     if not math.isfinite(results["test_loss"]):
         raise ValueError(f"{args.checkpoint} gives a loss of {results['test_loss']}: its outputs are too large")
     shown = [errors.one_line(name) for name in classes]
-    text = f"expected calibration error {error:.4f}"
+    text = f"expected calibration error {results['calibration_error']:.4f}"
     val = held_out(checkpoint, dataset)
     if val:
         temperature = report.fit_temperature(logits_of(model, val.images, checkpoint, device), val.labels)
-        name = f"temperature {temperature:.2f}"
-        calibrations[name] = report.calibration(logits / temperature, labels)
-        results["temperature"] = temperature
-        results["calibration_error_with_temperature"] = calibrations[name][0]
-        text += f"; {calibrations[name][0]:.4f} with the logits divided by {temperature:.3f}, "
+        calmer = report.calibration(logits / temperature, labels)
+        calibrations[f"temperature {temperature:.2f}"] = calmer
+        results |= {"temperature": temperature, "calibration_error_with_temperature": calmer[0]}
+        text += f"; {calmer[0]:.4f} with the logits divided by {temperature:.3f}, "
         text += f"a temperature fitted on {len(val.labels):,} validation images"
     elif checkpoint["args"].get("val_split"):
         log("note: no temperature, which needs the images that the run held out")
@@ -306,8 +300,7 @@ def draw_attention(args, checkpoint, model, device):
     if tokens > MOST_TOKENS:
         raise ValueError(f"--attention {args.attention}: {tokens:,} tokens are too many, at most {MOST_TOKENS:,}")
     image, _ = read(args.images[0], checkpoint, args.invert)
-    logits = logits_of(model, image[None], checkpoint, device)[0]
-    one = image[None], torch.zeros(1)
+    one = image[None], torch.zeros(1)  # labels aren't read
     x, _ = next(augment.batches(one, 1, checkpoint["mean"], checkpoint["std"], device))
     maps = model.attention_maps(x).cpu()
     layers = {"roll-out": report.rollout(maps)[0]}
@@ -315,7 +308,7 @@ def draw_attention(args, checkpoint, model, device):
         layers[f"head {i}"] = head
     # The output is the class token's or the mean of all tokens: so is what it attends to.
     attended = {name: m[0, 1:] if model.cls_token is not None else m.mean(0) for name, m in layers.items()}
-    probability, label = logits.softmax(0).max(0)
+    probability, label = logits_of(model, image[None], checkpoint, device)[0].softmax(0).max(0)
     title = f"{errors.one_line(checkpoint['classes'][label])}, {100 * probability:.1f} %"
     with drawing():
         report.draw_attention(image, attended, model.patch_size, title, args.attention)
@@ -325,12 +318,6 @@ def draw_attention(args, checkpoint, model, device):
 def export(args, checkpoint, model, device):
     """--export: the model as a program for any batch size, compared with the model before it says done."""
     path, shape = Path(args.export), (checkpoint["channels"], checkpoint["image_size"], checkpoint["image_size"])
-    if not path.parent.is_dir():
-        raise ValueError(f"--export {path}: the folder {path.parent} doesn't exist")
-    if path.exists() and (not path.is_file() or path.samefile(args.checkpoint)):
-        raise ValueError(f"--export {path} would replace the checkpoint, or what is no file: name another file")
-    if path.suffix not in (".pt2", ".onnx"):
-        raise ValueError(f"--export {path} must end in .pt2 (torch.export) or .onnx")
     model = model.cpu().requires_grad_(False)
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")  # a file of this name stays if this fails
     try:
@@ -354,8 +341,7 @@ def write_program(model, path, shape):
     if path.suffix == ".pt2":
         buffer = io.BytesIO()  # torch's own writer ends the process when the disk is full
         torch.export.save(torch.export.export(model, (example,), dynamic_shapes=sizes), buffer)
-        with buffer.getbuffer() as view:
-            path.write_bytes(view)
+        path.write_bytes(buffer.getvalue())
         return torch.export.load(path).module()
     import onnx.reference
     import onnxscript  # noqa: F401  torch.onnx.export needs it

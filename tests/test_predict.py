@@ -296,6 +296,7 @@ PREDICT_WRONG = [
     "cnn.pt --report shapes --top 0", "cnn.pt --report shapes --export x.pt2", "cnn.pt image.png --attention a.png",
     "vit-cls.pt --attention a.png", "vit-cls.pt image.png image.png --attention a.png", "cnn.pt --export model.txt",
     "vit-cls.pt image.png --attention a.nothing", "cnn.pt --export nowhere/model.pt2", "cnn.pt --export x.pt2 --invert",
+    "vit-cls.pt image.png --attention nowhere/a.png",
 ]  # fmt: skip
 
 

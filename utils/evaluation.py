@@ -23,10 +23,9 @@ def evaluate(model, split, dataset, device, precision, *, loss="ce", tta=False, 
     model.eval()
     loss_of = losses.parse(loss)
     totals = devices.totals(device)
-    rank, world_size = distributed.rank(), distributed.world_size()
     size = batch_size(split.images.shape[1:])
-    batches = augment.batches(split, size, dataset.mean, dataset.std, device, first=rank, every=world_size)
-    for images, labels in batches:
+    options = {"first": distributed.rank(), "every": distributed.world_size()}
+    for images, labels in augment.batches(split, size, dataset.mean, dataset.std, device, **options):
         with devices.autocast(device, precision):
             logits = augment.tta(model, images, flip=flip) if tta else model(images)
         logits = logits.float()
@@ -67,14 +66,11 @@ def test_line(dataset, loss, acc, tta, note=""):
 
 def test_checkpoint(args):
     """--eval: print the test accuracy of a saved checkpoint."""
-    allowed = {"eval", "model", "data", "data_dir", "device", "amp"}
-    arguments.reject_idle(args, args.given - allowed, "with --eval")
+    arguments.reject_idle(args, args.given - {"eval", "model", "data", "data_dir", "device", "amp"}, "with --eval")
     checkpoint = checkpoints.load(args.eval)
     if "model" in args.given and args.model != checkpoint["model"]:
         raise ValueError(f"{args.eval} holds a {checkpoint['model']}, not --model {args.model}")
-    saved = args_of(checkpoint)
-    data = args.data if "data" in args.given else saved["data"]
-    amp = args.amp if "amp" in args.given else saved["amp"]
-    options = {"data": data, "data_dir": args.data_dir, "device": args.device, "amp": amp}
-    dataset, loss, acc = test(checkpoint, args.eval, **options)
-    errors.show(test_line(dataset, loss, acc, saved["tta"]))
+    run = args_of(checkpoint) | {name: getattr(args, name) for name in args.given & {"data", "amp"}}
+    where = {"data": run["data"], "data_dir": args.data_dir, "device": args.device, "amp": run["amp"]}
+    dataset, loss, acc = test(checkpoint, args.eval, **where)
+    errors.show(test_line(dataset, loss, acc, run["tta"]))

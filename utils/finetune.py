@@ -44,16 +44,11 @@ def load_matching(model: torch.nn.Module, state: dict) -> str:
     if not fitting:
         raise ValueError(f"none of its {len(state)} tensors fits the model: they are {few(state)}")
     model.load_state_dict(fitting, strict=False)
-    shapes = []
-    for name in own:
-        if name in state and name not in fitting:
-            shapes.append(f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}")
+    misfits = (own.keys() & state) - fitting.keys()
+    shapes = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in misfits]
+    rest = {"skipped for their shape": shapes, "started afresh": own.keys() - state, "not used": state.keys() - own}
     text = f"{len(fitting)} of the model's {len(own)} tensors loaded"
-    for what, names in (
-        ("skipped for their shape", shapes),
-        ("started afresh", own.keys() - state),
-        ("not used", state.keys() - own),
-    ):
+    for what, names in rest.items():
         if names:
             text += f"; {what}: {few(sorted(names))}"
     return text

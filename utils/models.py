@@ -83,10 +83,9 @@ def check_same_kind(checkpoint: dict, path, classes: list, images: torch.Tensor)
 
 
 def load_teacher(path, dataset, device, precision):
-    """A function from normalised images to a trained model's logits, for distillation.
+    """A function from images, normalised for the student, to a trained model's logits, for distillation.
 
-    The images come normalised for the student, and are normalised anew for the teacher. Raises ValueError if the
-    teacher knows other classes or sizes.
+    Raises ValueError if that model knows other classes or sizes.
     """
     checkpoint = checkpoints.load(path)
     check_same_kind(checkpoint, f"--teacher {path}", dataset.classes, dataset.train.images)
@@ -105,7 +104,7 @@ def load_teacher(path, dataset, device, precision):
     return teacher
 
 
-def dataset_for(checkpoint, name, data_dir, path="the checkpoint"):
+def dataset_for(checkpoint, name, data_dir, path):
     """Load a dataset with a checkpoint's mean and std. Raises ValueError if its classes or sizes differ."""
     size = checkpoint["image_size"] if Path(name).is_dir() else None
     dataset = distributed.on_local_main(lambda: data.load(name, data_dir, img_size=size))

@@ -51,8 +51,8 @@ def calibration(logits, labels, bins=15):
     confidences = torch.bincount(index, confidence, bins)
     corrects = torch.bincount(index, correct, bins)
     error = (confidences - corrects).abs().sum().item() / len(labels)
-    rows = torch.stack((count, confidences / count, corrects / count), 1).tolist()
-    return error, [(int(n), conf, acc) for n, conf, acc in rows]
+    columns = count.tolist(), (confidences / count).tolist(), (corrects / count).tolist()
+    return error, list(zip(*columns, strict=True))
 
 
 def fit_temperature(logits, labels):
@@ -123,11 +123,9 @@ def draw_confusion(matrix, classes, path):
     share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     image = axis.imshow((100 * share).numpy(), cmap="Blues", vmin=0, vmax=100)
     if count <= 20:
-        for row in range(count):
-            for column in range(count):
-                if n := matrix[row, column].item():
-                    colour = "white" if share[row, column] > 0.5 else "black"
-                    axis.text(column, row, n, ha="center", va="center", color=colour, fontsize=8)
+        for row, column in matrix.nonzero().tolist():
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axis.text(column, row, matrix[row, column].item(), ha="center", va="center", color=colour, fontsize=8)
     small = 9 if count <= 30 else 5
     axis.set_xticks(range(count), classes, rotation=90 if max(map(len, classes)) > 2 else 0, fontsize=small)
     axis.set_yticks(range(count), classes, fontsize=small)
@@ -143,9 +141,8 @@ def draw_mistakes(images, logits, labels, classes, path, count=36):
     chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:count].tolist()
     rows = max(1, math.ceil(len(chosen) / 6))
     figure = new_figure(9, 1.95 * rows + 0.3)
-    figure.suptitle(
-        f"The {len(chosen)} most confident of {len(wrong):,} mistakes in {len(labels):,} images", fontsize=11
-    )
+    title = f"The {len(chosen)} most confident of {len(wrong):,} mistakes in {len(labels):,} images"
+    figure.suptitle(title, fontsize=11)
     axes = figure.subplots(rows, 6, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -198,8 +195,7 @@ def draw_attention(image, attended, patch_size, title, path):
     rows = math.ceil((1 + len(attended)) / columns)
     figure = new_figure(2 * columns, 2.25 * rows + 0.6)
     figure.suptitle(title, fontsize=12)
-    note = "brighter: more attention, each panel on its own scale; heads are those of the last layer"
-    figure.supxlabel(note, size=9)
+    figure.supxlabel("brighter: more attention, each panel on its own scale; heads are those of the last layer", size=9)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
