@@ -129,10 +129,10 @@ def split(whole: Split, val_split: float, seed: int) -> tuple[Split, Split]:
 
 
 def limit(whole: Split, count: int, seed: int) -> Split:
-    """Keep `count` random images, each class in its proportion. Raises ValueError if there are fewer."""
+    """Keep `count` random images, each class in its proportion. Raises ValueError if there are fewer, or for none."""
     images, labels = whole
-    if count > len(labels):
-        raise ValueError(f"limit {count} is more than the {len(labels)} training images")
+    if not 1 <= count <= len(labels):
+        raise ValueError(f"limit {count} must be from 1 to {len(labels)}, the number of training images")
     mask = _stratified(labels, count, seed)
     return Split(images[mask], labels[mask])
 
@@ -261,7 +261,7 @@ def _download(name, cls, root, new):
     missing = [(file, md5) for file, md5 in files if not check_integrity(folder / file, md5)]  # not put there by hand
     if missing:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or None
-            sys.stderr.write(f"Downloading {name} ({DOWNLOADS[name][1]}) from {addresses[0]} into {root}\n")
+            sys.stderr.write(f"Downloading {name} ({DOWNLOADS[name][1]}) from {' or '.join(addresses)} into {root}\n")
     reasons = []
     try:
         for address in addresses:
@@ -281,7 +281,7 @@ def _download(name, cls, root, new):
                 empty.rmdir()  # only if it's empty
     raise Unavailable(
         f"{name} is not in {root} and can't be downloaded from {' and '.join(addresses)} ({'; '.join(reasons)}). "
-        f"To do it by hand, put {', '.join(file for file, _ in files)} from there into {folder}."
+        f"To do it by hand, put {', '.join(file for file, _ in missing or files)} from there into {folder}."
     )
 
 
@@ -325,6 +325,8 @@ def _from_folder(folder, data_dir, img_size, read_only):
         try:
             with open_image(paths[0]) as image:
                 img_size = min(64, *image.size)
+        except ImportError:  # without Pillow
+            raise
         except Exception as error:
             raise ValueError(f"{paths[0]} can't be read as an image ({error}): repair or remove it") from error
 
@@ -358,7 +360,7 @@ def _from_folder(folder, data_dir, img_size, read_only):
 
 
 def _images_by_class(folder, classes, others):
-    """List the images in the folders of the classes: paths and labels. `others` gets the other files."""
+    """List the images in the folders of the classes: paths and labels. `others` gets what else lies there."""
     paths = []
     labels = []
     for entry in _entries(folder):
@@ -473,6 +475,8 @@ def _decode_all(paths, size):
         for i in range(start, min(start + 100, len(paths))):
             try:
                 images[i] = decode(paths[i], size)
+            except ImportError:
+                raise
             except Exception as error:
                 unreadable.append(f"{paths[i]} ({error})")
 

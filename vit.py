@@ -294,7 +294,7 @@ class ViT(nn.Module):
         return {**state, "pos_embedding": torch.cat([kept, patches], dim=1)}
 
 
-# timm's names and ours.
+# Parts of timm's names, and ours.
 FROM_TIMM = {
     "patch_embed.proj": "patch_embedding",
     "pos_embed": "pos_embedding",
@@ -317,6 +317,8 @@ def from_timm(weights: dict) -> tuple[dict, dict]:
     state = {}
     try:
         for name, tensor in weights.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError
             for theirs, ours in FROM_TIMM.items():
                 name = name.replace(theirs, ours)
             state[name] = tensor

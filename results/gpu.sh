@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests that need a GPU, then the rows of README.md that were measured on one, then bench.py. Stops at the first failure.
+# The tests that need a GPU, then runs of README.md and results/README.md that were measured on one, then bench.py. Stops at the first failure.
 # Writes into runs/; the folders runs/gpu-* must not exist yet.
 #
 #     results/gpu.sh IMAGES        # a folder of images, such as data/cifar10-images

@@ -63,7 +63,7 @@ def test_limit_is_stratified():
     labels = torch.arange(300) % 3
     ids, some = data.limit((torch.arange(300), labels), 31, seed=0)
     assert len(set(ids.tolist())) == 31 and torch.bincount(some).tolist() in ([11, 10, 10], [10, 11, 10], [10, 10, 11])
-    with pytest.raises(ValueError, match=r"^limit 301 is more than the 300 training images"):
+    with pytest.raises(ValueError, match=r"^limit 301 must be from 1 to 300, the number of training images"):
         data.limit((torch.arange(300), labels), 301, seed=0)
 
 
@@ -168,7 +168,7 @@ def test_a_file_that_one_mirror_lacks_comes_from_the_next(tmp_path, monkeypatch,
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     assert len(data.load("mnist", tmp_path / "here").train.labels) == 30
     assert asked == [*(f"http://one/{name}" for name in packed), f"http://two/{last}"]
-    assert capsys.readouterr().err == f"Downloading mnist (12 MB) from http://one/ into {tmp_path / 'here'}\n"
+    assert capsys.readouterr().err == f"Downloading mnist (12 MB) from http://one/ or http://two/ into {tmp_path / 'here'}\n"
 
 
 def test_fallback_to_shapes_is_said_and_named(tiny, no_network, capsys):
