@@ -270,7 +270,8 @@ def tta(model, images: Tensor, *, flip: bool) -> Tensor:
 def add_args(parser) -> None:
     flag = parser.add_argument
     flag("--crop-pad", type=int, default=0, metavar="N", help="random crops, N pixels of reflect padding (%(default)s)")
-    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror in alternate epochs (%(default)s)")
+    mirrored = "alternating horizontal flip (%(default)s)"
+    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help=mirrored)
     flag("--augment", choices=["none", "strong"], default="none", help="strong: affine, elastic, colours (%(default)s)")
     flag("--reprob", type=float, default=0.0, metavar="P", help="random erasing in that share of images (%(default)s)")
     flag("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of images; 0: off (%(default)s)")

@@ -123,7 +123,10 @@ def run_one(name, args):
         nonlocal result
         found, status = repeat.run_seed(args, train.run_once)
         if not status:
-            found["curves"] = plot.read(args.out)
+            numbers = [found[name] for name in ("best_val_acc", "best_epoch", "train_seconds")]
+            if not all(isinstance(number, (int, float)) for number in numbers):
+                raise ValueError(f"{args.out} holds no result of a run: remove it")
+            found["train_acc"] = plot.read(args.out)[-1]["train_acc"]
         result = found
         return status
 
@@ -133,7 +136,7 @@ def run_one(name, args):
 
 
 def run_all(variants, runs, check_not_moved):
-    """Run all `runs`. Returns name -> results of those that didn't fail; a signal ends the program."""
+    """Run all `runs`. Returns name -> results of those that didn't fail; a signal raises Interrupted."""
     results = {name: [] for name in variants}
     spent = []  # seconds of those that weren't finished before
     for done, (name, args) in enumerate(runs, start=1):
@@ -143,7 +146,7 @@ def run_all(variants, runs, check_not_moved):
         result, status = run_one(name, args)
         if status > 128:
             run_folder.print_line("interrupted: the same command goes on from here")
-            sys.exit(status)
+            raise errors.Interrupted(status - 128)
         seconds = time.perf_counter() - start
         if status:
             said = f"failed ({result['stopped']})" if result else "failed"
@@ -187,7 +190,7 @@ def rank(results, variants, count):
             row["val_acc"], row["val_acc_std"] = mean_and_std([run["best_val_acc"] for run in runs])
             row["best_epoch"] = statistics.fmean(run["best_epoch"] for run in runs)
             row["seconds"] = statistics.fmean(run["train_seconds"] for run in runs)
-            row["train_acc"] = statistics.fmean(run["curves"][-1]["train_acc"] for run in runs)
+            row["train_acc"] = statistics.fmean(run["train_acc"] for run in runs)
         rows.append(row)
     return sorted(rows, key=lambda row: -row.get("val_acc", -1.0))
 
@@ -255,7 +258,7 @@ def draw(rows, results, path):
         return "no compare.png: no variant has a result"
     curves = {}
     for name in names[: len(plot.COLOURS)]:
-        curves[name] = [row for result in results[name] for row in result["curves"]]
+        curves[name] = [row for result in results[name] for row in plot.read(result["args"]["out"])]
     try:
         plot.draw(curves, path)
     except ImportError:

@@ -12,7 +12,7 @@ from conftest import TINY_MLP, halt, write_folder
 import compare
 import plot
 import train
-from utils import evaluation, run_folder
+from utils import arguments, evaluation, run_folder
 
 BASE = [*TINY_MLP, "--val-split", "0.3"]
 
@@ -209,6 +209,34 @@ def test_a_comparison_may_be_moved_and_says_on_what_it_trained(tiny, monkeypatch
     device = json.loads(Path("b/lr-0.01/seed-0/result.json").read_text())["device"]  # its name, not --device
     assert content("b")["variants"] == first and content("b")["device"] == device
     assert f"Trained on shapes; {device}; " in Path("b/compare.md").read_text()
+
+
+def test_a_signal_while_the_old_comparison_is_read_ends_the_new_one(tiny, monkeypatch, capsys):
+    drawn(monkeypatch)
+    flags = [*BASE, "--vary", "lr=0.01,0.001", "--out", "c"]
+    assert compared(*flags) == 0
+    capsys.readouterr()
+    real = compare.meaning
+
+    def meaning(flags):
+        monkeypatch.setattr(arguments, "parse", lambda *rest: os.kill(os.getpid(), signal.SIGTERM))
+        return real(flags)
+
+    monkeypatch.setattr(compare, "meaning", meaning)
+    assert compared(*flags) == 128 + signal.SIGTERM and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["best_val_acc", "best_epoch", "train_seconds"])
+def test_a_result_without_its_numbers_counts_as_failed(name, tiny, monkeypatch, capsys):
+    drawn(monkeypatch)
+    flags = [*BASE, "--vary", "lr=0.01,0.001", "--out", "c"]
+    assert compared(*flags) == 0
+    path = Path("c/lr-0.01/seed-0/result.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: None}))
+    capsys.readouterr()
+    assert compared(*flags) == 1
+    assert {row["name"]: row["failed"] for row in content("c")["variants"]} == {"lr 0.01": 1, "lr 0.001": 0}
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_variants_that_diverged_at_once_are_not_run_again(tiny, monkeypatch, capsys):

@@ -168,7 +168,8 @@ def test_a_file_that_one_mirror_lacks_comes_from_the_next(tmp_path, monkeypatch,
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     assert len(data.load("mnist", tmp_path / "here").train.labels) == 30
     assert asked == [*(f"http://one/{name}" for name in packed), f"http://two/{last}"]
-    assert capsys.readouterr().err == f"Downloading mnist (12 MB) from http://one/ or http://two/ into {tmp_path / 'here'}\n"
+    said = f"Downloading mnist (12 MB) from http://one/ or http://two/ into {tmp_path / 'here'}\n"
+    assert capsys.readouterr().err == said
 
 
 def test_fallback_to_shapes_is_said_and_named(tiny, no_network, capsys):

@@ -1190,19 +1190,23 @@ def test_a_folder_by_the_name_of_a_set_is_not_it(tiny, capsys):
     one_line(capsys, "--img-size")
 
 
-def test_seeds_in_a_folder_that_is_replaced_stop(tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("replace", ["folder", "parent"])
+def test_seeds_in_a_folder_that_is_replaced_stop(replace, tiny, monkeypatch, capsys):
     real = train.run_once
 
     def run_once(*args):
         done = real(*args)
-        os.rename("many", "moved")
-        Path("many").mkdir()
+        os.rename("parent", "moved")
+        if replace == "folder":
+            Path("parent/many").mkdir(parents=True)
+        else:
+            Path("parent").write_text("of somebody else")
         return done
 
     monkeypatch.setattr(train, "run_once", run_once)
-    assert call(*TINY_MLP, "--runs", 2, "--out", "many") == 1
+    assert call(*TINY_MLP, "--runs", 2, "--out", "parent/many") == 1
     one_line(capsys, "moved away or replaced")
-    assert not list(Path("many").iterdir())
+    assert not list(Path("parent").glob("many/*"))
 
 
 def test_a_plot_that_cannot_be_drawn_replaces_no_file(tmp_path, monkeypatch):

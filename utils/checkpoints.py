@@ -232,7 +232,7 @@ def _walk(content, size, tensors=True):
     while stack:
         value, depth, name = stack.pop()
         seen += 1
-        if seen + len(stack) > MOST_VALUES or depth > DEEPEST:
+        if seen > MOST_VALUES or depth > DEEPEST:
             raise ValueError(f"{name} holds more values than any run leaves there")
         if isinstance(value, torch.Tensor) and tensors:
             if value.layout != torch.strided or value.dtype not in DTYPES or value.device.type != "cpu":
@@ -248,6 +248,8 @@ def _walk(content, size, tensors=True):
                 text += len(str(key))
                 stack.append((inner, depth + 1, str(key)))
         elif isinstance(value, (list, tuple)):
+            if seen + len(stack) + len(value) > MOST_VALUES:
+                raise ValueError(f"{name} holds more values than any run leaves there")
             stack.extend((inner, depth + 1, name) for inner in value)
         elif isinstance(value, str):
             text += len(value)
@@ -399,9 +401,12 @@ def _check_lbfgs(optimizer, saved):
     for name in shapes.keys() & state.keys():
         for value in state[name] if isinstance(state[name], list) else [state[name]]:
             number = isinstance(value, (int, float)) and not shapes[name]
-            if not number and not (isinstance(value, torch.Tensor) and value.shape == shapes[name]):
+            if number:
+                continue
+            tensor = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+            if not tensor or value.shape != shapes[name]:
                 raise ValueError(f"the optimizer's {name} doesn't fit the parameters")
-            if not number and (value.dtype != torch.float32 or value.isnan().any()):
+            if value.isnan().any():
                 raise ValueError(f"the optimizer's {name} has values that are not numbers")
     lengths = {len(state.get(name, [])) for name in ("old_dirs", "old_stps", "ro")}
     scratch = state.get("al", [None] * most)  # overwritten before it is read

@@ -36,6 +36,10 @@ class Diverged(ArithmeticError):
         super().__init__(f"{what} by step {step:,}, learning rate {lr:.3g}: {remedy}")
 
 
+class Interrupted(BaseException):
+    """A signal, by its number, that asks the process to end before there is anything to save."""
+
+
 def one_line(text) -> str:
     """A message as one printable line: control characters are escaped, the middle of a very long one is left out."""
     text = printable(" ".join(str(text).split()))
@@ -75,14 +79,16 @@ def exit_status(program, function, *, flags=str):
     """
 
     def interrupt(number, frame):  # when there is nothing to save: else the handler is that of caught_signals
-        sys.exit(128 + number)
+        raise Interrupted(number)
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can't write a cache of fonts
     try:
         with handled(interrupt):
             return function() or 0
-    except SystemExit as stop:  # argparse has printed why, or a signal came
+    except SystemExit as stop:  # argparse has printed why
         return stop.code
+    except Interrupted as stop:
+        return 128 + stop.args[0]
     except BrokenPipeError:  # ... | head
         return 0
     except (ValueError, OSError) as error:

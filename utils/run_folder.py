@@ -241,7 +241,7 @@ def was_moved(path: Path, folder: int | None) -> bool:
     """Is the path no longer that of an open folder?"""
     try:
         return folder is not None and not os.path.samestat(os.fstat(folder), os.stat(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return True
 
 
