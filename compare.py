@@ -104,7 +104,7 @@ def values_of(text):
 
 
 def flags_of(name, value, switches):
-    """lr, 0.1 -> --lr 0.1; of the switches, flags without a value, on -> --flip, off -> --no-flip."""
+    """lr, 0.1 -> --lr 0.1; for a switch, a flag without a value: flip, on -> --flip; flip, off -> --no-flip."""
     flag = "--" + name.replace("_", "-")
     if flag in switches and value in ("on", "off"):
         return [flag if value == "on" else f"--no-{flag[2:]}"]
@@ -123,7 +123,7 @@ def run_one(name, args):
         nonlocal result
         found, status = repeat.run_seed(args, train.run_once)
         if not status:
-            numbers = [found[name] for name in ("best_val_acc", "best_epoch", "train_seconds")]
+            numbers = [found[key] for key in ("best_val_acc", "best_epoch", "train_seconds")]
             if not all(isinstance(number, (int, float)) for number in numbers):
                 raise ValueError(f"{args.out} holds no result of a run: remove it")
             found["train_acc"] = plot.read(args.out)[-1]["train_acc"]
@@ -181,7 +181,7 @@ def mean_and_std(values):
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def rank(results, variants, count):
+def ranked(results, variants, count):
     """A row for each variant, of `count` runs each, the best by mean validation accuracy first."""
     rows = []
     for name, runs in results.items():
@@ -295,7 +295,7 @@ def command(argv):
         results = run_all(variants, runs, folder.check_not_moved)
         if not any(results.values()) and (out / "compare.json").exists():
             raise errors.Failed("no variant has a result: the table from before stays")
-        rows = rank(results, variants, own.runs)
+        rows = ranked(results, variants, own.runs)
         tested = test_some(rows, results, own.test)
         folder.check_not_moved()
         report(own, rest, out, rows, results)

@@ -212,7 +212,7 @@ def learning_rate(run, earlier):
     args = run.args
     values, _, peak = lr_curve(run)
     short = [values[peak * i // 8] for i in range(8)] + [values[peak]] * 8
-    trial = build.trial(run, batch_size=max(min(64, args.batch_size), run.smallest_batch(1)))
+    trial = build.trial(run, batch_size=max(min(64, args.batch_size), run.least_per_batch(1)))
     losses = [loss_sum / count for loss_sum, _, count in descend(trial, short, build.training_batches(trial, 0))]
     found = f"training loss {losses[0]:.4f} at first, {max(losses):.4f} at most in 16 steps up to --lr {args.lr:g}"
     calm = all(loss < 2 * losses[0] for loss in losses)  # NaN isn't

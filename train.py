@@ -8,9 +8,10 @@
     python train.py --eval runs/vit-cifar10-adamw-cosine/best.pt
     torchrun --nproc_per_node 2 train.py --model vit                # several processes
 
-Read it from top to bottom: the nouns (Run, Progress), setting up, one step, the run, the command line. Flags are
-declared in utils/arguments.py, and in the files that they control: optimizers.py, schedulers.py, losses.py, augment.py,
-the models. A value is the user's, else the model's (RECIPE), else the optimizer's (DEFAULTS), else the flag's default.
+Read it from top to bottom, or run_once first, near the end: the nouns (Run, Progress), setting up, one step, the run,
+the command line. Flags are declared in utils/arguments.py, and in the files that they control: optimizers.py,
+schedulers.py, losses.py, augment.py, the models. A value is the user's, else the model's (RECIPE), else the optimizer's
+(DEFAULTS), else the flag's default.
 """
 
 import argparse
@@ -59,7 +60,7 @@ class Run:
     teacher: Callable | None  # images -> logits
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing except in fp16
-    schedule: Callable | None  # (epochs so far, monitored values) -> multiplier of the learning rates; see prepare()
+    schedule: Callable | None  # (epochs so far, monitored values) -> lr multiplier; None until --minutes is measured
 
     @property
     def eval_model(self):
@@ -67,18 +68,18 @@ class Run:
         return self.ema.model if self.ema else self.model
 
     @cached_property
-    def least_images(self):
+    def least_per_process(self):
         """The fewest images in a forward pass of training: two with batch norm, which needs their variance."""
         return 2 if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules()) else 1
 
-    def smallest_batch(self, processes):
-        """The fewest images in a batch: with batch norm two for each process, else one, so that some may get none."""
-        return 2 * processes if self.least_images == 2 else 1
+    def least_per_batch(self, processes):
+        """The fewest images in a batch: with batch norm two for each process; else one, and others may get none."""
+        return 2 * processes if self.least_per_process == 2 else 1
 
     @cached_property
     def batch_sizes(self):
         """The sizes of an epoch's batches. A last batch that would be too small joins the one before."""
-        least = self.smallest_batch(distributed.world_size())
+        least = self.least_per_batch(distributed.world_size())
         bounds = augment.bounds(len(self.train_set.labels), self.args.batch_size, least)
         return [stop - start for start, stop in bounds]
 
@@ -148,7 +149,7 @@ def prepare(args) -> Run:
         schedule=None if args.minutes and not args.resume else arguments.make_schedule(args),
     )
     graphs.check(run)  # rejects --cuda-graph where it can't work
-    count, least = len(run.train_set.labels), run.smallest_batch(distributed.world_size())
+    count, least = len(run.train_set.labels), run.least_per_batch(distributed.world_size())
     if min(args.batch_size, count) < least:
         rule = f"--batch-size {args.batch_size} of {count} images must be >= {least}"
         raise ValueError(f"{rule}: batch norm can't train on one image in a process")
@@ -169,12 +170,12 @@ def backward(run, images, labels, batch_size):
     predictions, images] as a tensor on the device: an .item() here would make every step wait for the device.
     """
     run.optimizer.zero_grad(set_to_none=True)
-    totals = devices.totals(run.device)
+    totals = devices.zero_totals(run.device)
     local_size = len(images)
     if local_size == 0:  # fewer images than processes: DDP needs a backward pass all the same, of a blank one, weight 0
         images = images.new_zeros(1, *images.shape[1:])
         labels = labels.new_zeros(1, *labels.shape[1:])
-    count = max(1, min(run.args.accum, local_size // run.least_images))  # none too small for batch norm
+    count = max(1, min(run.args.accum, local_size // run.least_per_process))  # none too small for batch norm
     micro_batches = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
     for i, (x, y) in enumerate(micro_batches, start=1):
         with distributed.sync_gradients(run.train_model, i == count):
@@ -186,7 +187,7 @@ def backward(run, images, labels, batch_size):
                 loss = loss + run.args.distill * losses.distillation(logits, run.teacher(x), run.args.temperature)
             # The mean over a micro-batch, weighted by its share of the batch: the sum is the mean over the batch.
             weight = len(x) / batch_size if local_size else 0.0
-            # DDP averages the gradients over the processes. Times their number, that is the sum.
+            # DDP averages the gradients over the processes. Times their number, that is their sum.
             run.scaler.scale(loss * (weight * distributed.world_size())).backward()
         if local_size:
             targets = y.argmax(1) if y.ndim == 2 else y  # mixup's labels are distributions
@@ -211,22 +212,23 @@ def train_step(run, images, labels, batch_size):
 
 def lbfgs_step(run, images, labels, batch_size):
     """Take a step of L-BFGS, which evaluates the loss several times. Returns the totals before the step."""
-    totals = []
+    evaluations = []
     seed = torch.randint(2**62, ()).item()  # the same dropout each time: the line search compares the losses
 
     def closure():
         torch.manual_seed(seed)
-        totals.append(backward(run, images, labels, batch_size))
-        return totals[-1][0] / batch_size
+        evaluations.append(backward(run, images, labels, batch_size))
+        return evaluations[-1][0] / batch_size
 
     run.optimizer.step(closure)
-    return totals[0]
+    return evaluations[0]
 
 
 def score(run, split):
     """Mean loss and accuracy of run.eval_model on a split. The loss is without smoothing and teacher."""
-    options = {"loss": run.args.loss, "tta": run.args.tta, "flip": run.args.flip}
-    return evaluation.evaluate(run.eval_model, split, run.dataset, run.device, run.precision, **options)
+    args = run.args
+    where = run.dataset, run.device, run.precision
+    return evaluation.evaluate(run.eval_model, split, *where, loss=args.loss, tta=args.tta, flip=args.flip)
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -247,20 +249,19 @@ def train(run, progress, folder, signals):
             if args.sched in ("cosine", "linear", "onecycle") and args.t_max is None:
                 folder.log(f"The low end of --sched {args.sched} was not reached: --patience 0 trains to the end.")
             return "early stop"
-        epoch_end = (progress.step // run.steps_per_epoch + 1) * run.steps_per_epoch
-        last_step = min(epoch_end, run.total_steps)
+        epoch_end = min((progress.step // run.steps_per_epoch + 1) * run.steps_per_epoch, run.total_steps)
         with shared_machine_hint:  # logs once if other programs slow this one down
-            train_until(run, last_step, progress, folder, signals, take_step)
-        if progress.step == last_step:  # no signal came before
+            train_until(run, epoch_end, progress, folder, signals, take_step)
+        if progress.step == epoch_end:  # no signal came before
             finish_epoch(run, progress, folder)
         if distributed.all_max(len(signals)):
             return "interrupted"
     return "time budget" if args.minutes else "finished"  # --minutes became a number of steps in prepare()
 
 
-def train_until(run, last_step, progress, folder, signals, take_step):
-    """Take steps until progress.step is last_step, at the end of this epoch, or until a signal."""
-    args, left = run.args, last_step - progress.step
+def train_until(run, epoch_end, progress, folder, signals, take_step):
+    """Take steps until progress.step is epoch_end, or until a signal."""
+    args, left = run.args, epoch_end - progress.step
     finetune.train_mode(run.train_model)
     batches = itertools.islice(build.training_batches(run, progress.step), left)
     if distributed.rank() == 0:
@@ -278,7 +279,7 @@ def train_until(run, last_step, progress, folder, signals, take_step):
         stop = distributed.all_max(len(signals)) > 0
         log = args.log_interval > 0 and progress.step % args.log_interval == 0
         save = args.save_every > 0 and progress.step % args.save_every == 0
-        if not (stop or log or save or progress.step == last_step):
+        if not (stop or log or save or progress.step == epoch_end):
             continue
         loss_sum, _, seen = distributed.all_reduce(progress.totals).tolist()  # waits for the device: not in each step
         progress.seconds += time.perf_counter() - start
@@ -286,7 +287,7 @@ def train_until(run, last_step, progress, folder, signals, take_step):
             raise errors.Diverged(f"the training loss is {loss_sum}", progress.step, args.lr * multiplier)
         if log:
             folder.log(f"  step {progress.step:,} of {run.total_steps:,}  train loss {loss_sum / seen:.4f}")
-        if (save or stop) and progress.step < last_step:  # at the end finish_epoch saves
+        if (save or stop) and progress.step < epoch_end:  # at the end finish_epoch saves
             folder.save("last.pt", resume.last_content(run, progress))
         if stop:
             break
@@ -299,7 +300,7 @@ def finish_epoch(run, progress, folder):
     start = time.perf_counter()
     distributed.broadcast(run.eval_model)  # the statistics of batch norms differ between the processes: take rank 0's
     loss_sum, correct, seen = distributed.all_reduce(progress.totals).tolist()
-    lr = args.lr * lr_multiplier(run, progress.step - 1, history)
+    lr = args.lr * lr_multiplier(run, progress.step - 1, history)  # of the last step
     val_loss = val_acc = math.nan
     if args.val_split:
         val_loss, val_acc = score(run, run.val_set)
@@ -329,7 +330,7 @@ def finish_epoch(run, progress, folder):
     left = run.total_steps - progress.step
     steps = progress.step - (history[-2]["step"] if len(history) > 1 else 0)  # of this epoch
     step_seconds = (row["seconds"] + time.perf_counter() - start) / steps  # with validation and saving
-    folder.report(history, best, len(history) + math.ceil(left / run.steps_per_epoch), left * step_seconds)
+    folder.write_epoch(history, best, len(history) + math.ceil(left / run.steps_per_epoch), left * step_seconds)
     half = (args.patience + 1) // 2  # a first hint comes half-way to the early stop
     if half < args.patience and early_stopping.waited(history, best, args.warmup_epochs) == half:
         folder.log(explain(run, history, best))
@@ -342,7 +343,7 @@ def lr_multiplier(run, step, history):
 
 
 def find_best(args, history):
-    """The history's row of the best epoch, without validation of the latest. None before the first."""
+    """The best epoch's row of the history; without validation, the latest. None before the first."""
     if args.val_split == 0:
         return history[-1] if history else None
     return early_stopping.best_row(history, args.monitor, args.min_delta)
@@ -350,8 +351,8 @@ def find_best(args, history):
 
 def explain(run, history, best):
     """Why the monitored value has stopped improving, in one line."""
-    guess, label = torch.zeros(1, len(run.dataset.classes)), torch.zeros(1, dtype=torch.int64)
-    chance = losses.parse(run.args.loss)(guess, label).item()  # the loss where all logits are 0
+    guess = torch.zeros(1, len(run.dataset.classes))  # logits
+    chance = losses.parse(run.args.loss)(guess, torch.tensor([0])).item()
     return plateau.explain(history, best, run.args.monitor, chance)
 
 
@@ -387,9 +388,9 @@ def finish(run, progress, folder, stopped):
 
 def run_once(args, checkpoint=None):
     """One run, from its arguments to its result. Returns (what result.json holds, exit status)."""
-    with checkpoints.blaming(args.resume):  # an error in here is wrong input: exit status 2
+    with checkpoints.blaming(args.resume):  # the run hasn't begun: an error is wrong input, exit status 2
         run = prepare(args)
-        progress = Progress(devices.totals(run.device))
+        progress = Progress(devices.zero_totals(run.device))
         if checkpoint:
             resume.restore(run, progress, checkpoint)
         folder = resume.folder_of_run(run, progress, find_best(run.args, progress.history))
@@ -411,7 +412,7 @@ def command(argv=None):
     """What the command line asks for. Returns the exit status."""
     with errors.handled(signal.SIG_DFL):  # end at once: no handler is called while C++ waits for the other processes
         distributed.init()
-    with distributed.main_prints():
+    with distributed.main_complains():
         args, checkpoint = arguments.parse(argv)
     if args.eval:
         with checkpoints.blaming(args.eval):

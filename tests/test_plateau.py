@@ -44,6 +44,7 @@ BLOW_UP = [10.0**i for i in range(8)]
 CASES = [
     ("not learning", dict(train_loss=[2.3026] * 8, val_loss=[2.3026] * 8)),
     ("not learning", dict(train_loss=falling(2.303, 2.303, noise=0.002), val_loss=falling(2.303, 2.303, noise=0.002))),
+    ("not learning", dict(train_loss=falling(2.30262, 2.30258), val_loss=falling(2.30258, 2.30262))),
     ("too small", dict(train_loss=falling(2.3026, 2.3, 8), val_loss=falling(2.3026, 2.3005, 8))),
     ("too small", dict(train_loss=EARLY + falling(0.8, 0.6), val_loss=EARLY + falling(0.8, 0.7), best=6)),
     ("too small", dict(train_loss=[2.3, 2.2], val_loss=[2.3, 2.2])),

@@ -62,7 +62,7 @@ def training_batches(run, step):
         options = {
             "key": (args.seed, epoch),
             "first": first,
-            "least": run.smallest_batch(distributed.world_size()),
+            "least": run.least_per_batch(distributed.world_size()),
             "rank": distributed.rank(),
             "world_size": distributed.world_size(),
             "num_classes": len(dataset.classes),

@@ -55,7 +55,7 @@ def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def totals(device: torch.device) -> torch.Tensor:
+def zero_totals(device: torch.device) -> torch.Tensor:
     """Three zeros to add up in, in double precision where the device has it."""
     return torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 

@@ -180,7 +180,7 @@ def _outcome(function):
 
 
 @contextlib.contextmanager
-def main_prints():
+def main_complains():
     """Silence standard error on all ranks but 0: they would print the same usage error."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere if rank() else sys.stderr):
         yield

@@ -22,7 +22,7 @@ def evaluate(model, split, dataset, device, precision, *, loss="ce", tta=False, 
     """
     model.eval()
     loss_of = losses.parse(loss)
-    totals = devices.totals(device)
+    totals = devices.zero_totals(device)
     size = batch_size(split.images.shape[1:])
     options = {"first": distributed.rank(), "every": distributed.world_size()}
     for images, labels in augment.batches(split, size, dataset.mean, dataset.std, device, **options):

@@ -63,7 +63,7 @@ def restore(run, progress, checkpoint: dict):
         if run.teacher and checkpoint.get("teacher") != run.teacher.fingerprint:
             raise ValueError(f"--teacher {run.args.teacher} is not the model that it was taught by")
         # Do its steps mean the same here?
-        least = run.smallest_batch(processes)
+        least = run.least_per_batch(processes)
         if len(augment.bounds(len(run.train_set.labels), run.args.batch_size, least)) != run.steps_per_epoch:
             raise ValueError(f"with {processes} processes its epochs had other batches: start as many")
         validated = checkpoint["history"][-1]["step"] if checkpoint["history"] else 0

@@ -1,4 +1,4 @@
-"""The folder of a run: choose and lock it; write the log, checkpoints, metrics.csv and result.json."""
+"""The folder of a run, locked, with its log, checkpoints, metrics.csv and result.json; and the text of all these."""
 
 import contextlib
 import csv
@@ -19,7 +19,7 @@ import plot
 from utils import arguments, build, checkpoints, devices, distributed, errors
 
 RUN_FILES = ("best.pt", "last.pt", "metrics.csv", "result.json", "curves.png")
-# What result.json of several seeds has of their own: alike in all of them, and of each.
+# What result.json of --runs has from its runs: what is alike in all, and what each has of its own.
 OF_ALL = ("model", "data", "params", "device", "amp", "torch")
 OF_EACH = ("seed", "test_acc", "test_loss", "best_epoch", "best_val_acc", "epochs_run", "stopped", "train_seconds")
 DRAW_EVERY = 30  # seconds; drawing takes half a second
@@ -32,12 +32,12 @@ class RunFolder(contextlib.AbstractContextManager):
     writes, except log, raises Failed: another run's files may lie under that name.
     """
 
-    def __init__(self, path, log=None, held=None, made=()):
+    def __init__(self, path, file=None, held=None, made=()):
         self.path = Path(path)
-        self.file = log  # log.txt; None on ranks other than 0
+        self.file = file  # log.txt; None on ranks other than 0
         self.held = held  # the open folder, which is locked; None where the system has no such locks
         self.made = made  # the folders that were created for it
-        self.drawn = time.perf_counter()
+        self.drawn_at = time.perf_counter()
         self.events = None  # of TensorBoard
 
     def check_not_moved(self):
@@ -70,8 +70,8 @@ class RunFolder(contextlib.AbstractContextManager):
             self.check_not_moved()
             checkpoints.write_json(result, self.path / "result.json")
 
-    def report(self, history: list, best: dict | None, epochs: int, seconds_left: float):
-        """What is written and printed after an epoch, besides checkpoints."""
+    def write_epoch(self, history: list, best: dict | None, epochs: int, seconds_left: float):
+        """Write metrics.csv, TensorBoard events and, now and then, curves.png; log the epoch's line."""
         row = history[-1]
         self.write_metrics(history)
         if self.events:
@@ -79,9 +79,9 @@ class RunFolder(contextlib.AbstractContextManager):
                 if name not in ("epoch", "step") and not math.isnan(value):
                     self.events.add_scalar(name, value, row["step"])
             self.events.flush()
-        if time.perf_counter() - self.drawn > DRAW_EVERY:
+        if time.perf_counter() - self.drawn_at > DRAW_EVERY:
             self.draw(history, best)
-            self.drawn = time.perf_counter()
+            self.drawn_at = time.perf_counter()
         self.log(epoch_line(row, epochs, best is row, seconds_left))
 
     def draw(self, history: list, best: dict | None):
@@ -158,19 +158,19 @@ def open_folder(out, default, going_on=False) -> RunFolder:
     and if the folder can't be written.
     """
     folder = None
-    # The name of a folder of images may not be UTF-8.
+    # A folder of images may have a name that isn't UTF-8.
     default = str(default).encode("utf-8", "backslashreplace").decode()
 
     def claim():
         nonlocal folder
-        folder = _claim(out, default, going_on)
+        folder = first_free(out, default, going_on)
         return str(folder.path)
 
     path = distributed.on_main(claim)
     return folder or RunFolder(path)
 
 
-def _claim(out, default, going_on):
+def first_free(out, default, going_on):
     candidates = [Path(out or default)]
     if not out:
         candidates += [Path(f"{default}-{n}") for n in range(2, 10000)]
@@ -210,7 +210,7 @@ def _claim(out, default, going_on):
 def holds_run(path: Path) -> bool:
     """Does a folder hold anything of a run?
 
-    A log that this very command began, and that was killed before it saved anything, doesn't count.
+    A log that this same command began, killed before it saved anything, doesn't count.
     """
     log = path / "log.txt"
     if log.is_file() and log.stat().st_size > 0 and not arguments.began(path):
