@@ -205,7 +205,7 @@ def meaning(flags):
     return {name: args[name] for name in args.keys() - (arguments.MAY_CHANGE - {"epochs", "patience"})}
 
 
-def reject_another(out, variants, flags):
+def reject_another(out, variants, flags, seeds):
     """Raise ValueError if a folder holds another comparison, or other files, that would be overwritten."""
     files = [out / name for name in ("compare.json", "compare.md", "compare.png")]  # in the order of writing
     there = [path for path in files if os.path.lexists(path)]
@@ -219,6 +219,7 @@ def reject_another(out, variants, flags):
         lost = [name for name in before if name not in variants]
         kept = [name for name in before if name in variants]
         changed = [name for name in kept if meaning(flags + variants[name]) != meaning(before[name])]
+        lost_seeds = set(content["seeds"]) - set(seeds) if before else set()
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         of = ", ".join(path.name for path in there)
         raise ValueError(f"{of} in --out {out} are no comparison's, and would be overwritten: name another") from None
@@ -227,6 +228,9 @@ def reject_another(out, variants, flags):
         raise ValueError(f"{held}, which this one lacks: name another folder")
     if changed:
         raise ValueError(f"--out {out} holds a comparison with other flags for {few(changed)}: name another folder")
+    if lost_seeds:
+        held = f"--out {out} holds a comparison with seed {few(map(str, sorted(lost_seeds)))}"
+        raise ValueError(f"{held}, which this one lacks: name another folder")
 
 
 def percent(mean, std):
@@ -277,21 +281,25 @@ def command(argv):
     variants, out = variants_of(own), Path(own.out)
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"--out {out} is no folder: name another one")
+    seeds = range(own.seed, own.seed + own.runs)
     runs = []  # (name, arguments)
     for name, flags in variants.items():  # all of them, before anything is run
         args, _ = arguments.parse([*rest, *flags], "compare.py")
         ours = {"seed", "runs", "out", "no_test", "eval", "resume"}
         arguments.reject_idle(args, ours, f"in variant {name}")
-        arguments.check_out(own.out, args.data_dir)
+        arguments.check_out(own.out, args.data_dir, args.data)
         if args.val_split == 0:
             raise ValueError(f"{name}: there is nothing to rank by with --val-split 0: hold some images out")
-        for seed in range(own.seed, own.seed + own.runs):
+        for seed in seeds:
             folder = out / folder_name(name) / f"seed-{seed}"
             runs.append((name, arguments.changed(args, seed=seed, no_test=True, out=str(folder))))
             arguments.check(runs[-1][1])
+    names = {args.data for _, args in runs}
+    if len(names) > 1 and not all("data" in args.given for _, args in runs):
+        raise ValueError(f"the variants train on different data, {' and '.join(sorted(names))}: give --data")
 
     with run_folder.locked(out) as folder:
-        reject_another(out, variants, rest)
+        reject_another(out, variants, rest, seeds)
         results = run_all(variants, runs, folder.check_not_moved)
         if not any(results.values()) and (out / "compare.json").exists():
             raise errors.Failed("no variant has a result: the table from before stays")

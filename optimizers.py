@@ -287,10 +287,11 @@ def parameter_groups(
     "lr", and in "initial_lr" for schedules; without lr, the groups have neither. With use_muon, matrices and filters
     of all layers but the first and the last are in groups with use_muon=True. Give it the bare model: the wrappers of
     torch.compile and DistributedDataParallel hide layer_of and no_weight_decay. Raises ValueError for values out of
-    range, and for a prefix that no parameter has.
+    range, and for a prefix that no parameter has which is trained.
     """
     layer_of = layers(model)
-    check_options(layer_of, lr, weight_decay, layer_decay, lr_scale)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    check_options(trainable, lr, weight_decay, layer_decay, lr_scale)
     spared = getattr(model, "no_weight_decay", ())
     if callable(spared):  # timm's models have a method
         spared = spared()
@@ -309,8 +310,9 @@ def parameter_groups(
         if key not in groups:
             group = {"params": [], "weight_decay": weight_decay if decays else 0.0}
             if lr is not None:
-                if not lr * multiplier < 1e38:
-                    raise ValueError(f"lr_scale makes a learning rate of {lr * multiplier:g} for {name}: lower it")
+                if lr and not 1e-38 < lr * multiplier < 1e38:  # single precision
+                    rule = "must be above 1e-38 and below 1e38: see layer_decay and lr_scale"
+                    raise ValueError(f"the learning rate {lr * multiplier:g} of {name} {rule}")
                 group["lr"] = group["initial_lr"] = lr * multiplier
             if by_muon:
                 group["use_muon"] = True
@@ -319,7 +321,7 @@ def parameter_groups(
     return list(groups.values())
 
 
-def check_options(layer_of, lr, weight_decay, layer_decay, lr_scale):
+def check_options(names, lr, weight_decay, layer_decay, lr_scale):
     """Raise ValueError for options of parameter_groups that are out of range."""
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if value is not None and not 0 <= value < math.inf:
@@ -331,7 +333,7 @@ def check_options(layer_of, lr, weight_decay, layer_decay, lr_scale):
     for prefix, multiplier in lr_scale:
         if not 0 < multiplier < math.inf:
             raise ValueError(f"lr_scale {prefix}={multiplier} must be a finite number above 0")
-        if not any(has_prefix(name, prefix) for name in layer_of):
-            known = dict.fromkeys(prefix for name in layer_of for prefix in accumulate(name.split("."), "{}.{}".format))
+        if not any(has_prefix(name, prefix) for name in names):
+            known = dict.fromkeys(prefix for name in names for prefix in accumulate(name.split("."), "{}.{}".format))
             near = difflib.get_close_matches(prefix, known) or [name for name in known if "." not in name]
-            raise ValueError(f"lr_scale {prefix}: no parameter has that prefix; there are {', '.join(near)}")
+            raise ValueError(f"lr_scale {prefix}: no trained parameter has that prefix; there are {', '.join(near)}")

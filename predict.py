@@ -231,8 +231,13 @@ def print_report(args, checkpoint, model, device):
     out = Path(args.out or Path(args.checkpoint).parent / f"report-{dataset.name}")
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"--out {out} is no folder: name another one")
-    for name in ("confusion", "mistakes", "reliability"):
-        checkpoints.check_not_in_the_way(out / f"{name}.png")
+    arguments.reject_among_images("--out", out, args.report)
+    plots = [out / f"{name}.png" for name in ("confusion", "mistakes", "reliability")]
+    for path in plots:
+        checkpoints.check_not_in_the_way(path)
+    there = [path for path in plots if path.exists()]
+    if args.out and there and len(there) < len(plots):  # a report has all three
+        raise ValueError(f"--out {out} holds a {there[0].name} that is no report's: name another folder")
     images, labels = dataset.test
     classes = dataset.classes
     logits = logits_of(model, images, checkpoint, device)

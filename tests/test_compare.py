@@ -239,6 +239,34 @@ def test_a_result_without_its_numbers_counts_as_failed(name, tiny, monkeypatch, 
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_comparison_with_fewer_seeds_replaces_none(tiny, monkeypatch, capsys):
+    drawn(monkeypatch)
+    flags = [*BASE, "--vary", "lr=0.01,0.001", "--out", "c"]
+    assert compared(*flags, "--runs", 2) == 0
+    before = Path("c/compare.json").read_bytes()
+    capsys.readouterr()
+    for fewer in ([], ["--seed", 1], ["--seed", 7, "--runs", 2]):
+        assert compared(*flags, *fewer) == 2
+        assert "holds a comparison with seed" in capsys.readouterr().err
+        assert Path("c/compare.json").read_bytes() == before
+    assert compared(*flags, "--runs", 3) == 0
+    assert content("c")["seeds"] == [0, 1, 2] and content("c")["variants"][0]["n"] == 3
+
+
+def test_models_with_data_of_their_own_are_not_compared(tiny, capsys):
+    assert compared("--epochs", 1, "--vary", "model=mlp,vit", "--out", "c") == 2
+    assert "different data, cifar10 and mnist: give --data" in capsys.readouterr().err and not Path("c").exists()
+
+
+def test_a_comparison_is_not_written_among_its_images(tiny, capsys):
+    write_folder(Path("images"))
+    before = sorted(Path("images").rglob("*"))
+    flags = [*BASE, "--data", "images", "--vary", "lr=0.01,0.001", "--out", "images/train/c"]
+    assert compared(*flags) == 2
+    assert "--out images/train/c is among the images" in capsys.readouterr().err
+    assert sorted(Path("images").rglob("*")) == before
+
+
 def test_variants_that_diverged_at_once_are_not_run_again(tiny, monkeypatch, capsys):
     drawn(monkeypatch)
     flags = [*BASE, "--opt", "sgd", "--vary", "lr=1e37,0.01", "--out", "c"]

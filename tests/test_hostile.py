@@ -338,6 +338,22 @@ def test_the_folder_of_the_data_is_not_that_of_the_run(tiny, capsys):
     one_line(capsys, "--out x is --data-dir, too")
 
 
+@pytest.mark.parametrize("flag", ["--out", "--data-dir"])
+@pytest.mark.parametrize("folder", ["images/train/run", "images/test", "link/cat/run", "images/runs/../test/cat"])
+def test_nothing_is_written_among_the_images(flag, folder, tiny, capsys):
+    write_folder(tiny / "images")
+    os.symlink("images/train", "link")
+    before = sorted(Path("images").rglob("*"))
+    assert call(*TINY_MLP, "--data", "images", flag, folder) == 2
+    one_line(capsys, f"{flag} {folder} is among the images of --data images: name another folder")
+    assert sorted(Path("images").rglob("*")) == before
+
+
+def test_a_run_beside_its_images_is_fine(tiny):
+    write_folder(tiny / "images")
+    assert call(*TINY_MLP, "--data", "images", "--batch-size", 4, "--out", "images/run", "--data-dir", "images") == 0
+
+
 def test_many_layers_are_described_in_time():
     names = [f"blocks.{block}.{part}" for block in range(1000) for part in ("norm.weight", "mlp.weight", "mlp.bias")]
     start = time.process_time()

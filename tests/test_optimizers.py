@@ -137,7 +137,7 @@ def test_rates_by_pattern():
     rate = {id(p): group["lr"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert rate[id(parameter)] == 0.5 * (64 if name.endswith("norm.bias") else 2 if "head" in name else 1), name
-    with pytest.raises(ValueError, match=r"lr_scale \*\.nrom\.bias: no parameter"):
+    with pytest.raises(ValueError, match=r"lr_scale \*\.nrom\.bias: no trained parameter"):
         optimizers.parameter_groups(model, weight_decay=0, lr=1, lr_scale=[("*.nrom.bias", 64.0)])
 
 
@@ -362,11 +362,17 @@ def test_layer_rates_by_prefix():
         dict(lr_scale=[("head", math.nan)]),
         dict(layer_decay=0),
         dict(layer_decay=2),
+        dict(layer_decay=1e-30),  # 0 in single precision
+        dict(lr_scale=[("head", 1e-300)]),
+        dict(lr_scale=[("head", 1e300)]),
     ):
         with pytest.raises(ValueError, match="must be"):
             rates(model, **wrong)
     with pytest.raises(ValueError, match="need lr"):
         optimizers.parameter_groups(model, weight_decay=0, layer_decay=0.5)
+    model.blocks[1].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"lr_scale blocks\.1: no trained parameter"):
+        rates(model, lr_scale=[("blocks.1", 0.5)])
 
 
 def test_groups_are_described_by_rate():

@@ -386,6 +386,26 @@ def test_report_of_a_pupil_and_of_a_folder_by_another_name(trained, undrawn, tin
     assert "temperature" not in json.loads(capsys.readouterr().out)  # these images may have been trained on
 
 
+def test_report_takes_the_place_of_a_report_alone(trained, undrawn, tiny, capsys):
+    Path("mine").mkdir()
+    Path("mine/mistakes.png").write_text("of the user")
+    assert predict.main(["cnn.pt", "--report", "shapes", "--out", "mine"]) == 2
+    assert "--out mine holds a mistakes.png that is no report's" in capsys.readouterr().err
+    assert Path("mine/mistakes.png").read_text() == "of the user"
+    for name in ("confusion", "reliability"):
+        Path(f"mine/{name}.png").touch()
+    assert predict.main(["cnn.pt", "--report", "shapes", "--out", "mine"]) == 0
+
+
+def test_report_is_not_written_among_its_images(undrawn, tiny, capsys):
+    write_folder(tiny / "pets", (8, 8))
+    assert call("--model", "cnn", "--widths", 4, "--data", "pets", "--img-size", 8, "--epochs", 1, "--out", "run") == 0
+    for out in ("pets/test/cat", "pets/test/report"):
+        assert predict.main(["run/best.pt", "--report", "pets", "--out", out]) == 2
+        assert f"--out {out} is among the images" in capsys.readouterr().err
+    assert len(list(Path("pets/test").rglob("*"))) == 8
+
+
 def test_report_of_a_perfect_model_has_no_mistakes_to_draw(tmp_path):
     images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
     report.draw_mistakes(images, F.one_hot(labels).float(), labels, ["a", "b"], tmp_path / "none.png")

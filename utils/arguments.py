@@ -366,7 +366,7 @@ def check(args):
         reject_idle(args, {"patience", "monitor", "min_delta"}, "with --val-split 0: nothing is monitored")
     if args.data in data.NAMES or not Path(args.data).is_dir():
         reject_idle(args, {"img_size"}, f"with --data {args.data}: it's for folders of images")
-    check_out(args.out, args.data_dir)
+    check_out(args.out, args.data_dir, args.data)
     if args.runs > 1 and args.no_test and args.val_split == 0:
         raise ValueError(f"--runs {args.runs} has no accuracies to average with --no-test and --val-split 0: drop one")
     if args.resume and not distributed.restarted():
@@ -398,10 +398,20 @@ def check(args):
         check_lengths(args)
 
 
-def check_out(out, data_dir):
-    """Reject --out equal to --data-dir: a run locks the one, a download the other, and it would wait for itself."""
+def check_out(out, data_dir, data):
+    """Reject folders to write into that would harm the run or its images."""
+    # A run locks the one, a download the other: it would wait for itself.
     if out and os.path.realpath(out) == os.path.realpath(data_dir):
         raise ValueError(f"--out {out} is --data-dir, too: name another folder")
+    reject_among_images("--out", out or "runs", data)
+    reject_among_images("--data-dir", data_dir, data)
+
+
+def reject_among_images(flag, folder, data):
+    """Raise ValueError if a folder lies where the images of a folder `data` lie: a plot would count as one of them."""
+    for part in ("train", "test"):
+        if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(os.path.join(data, part))):
+            raise ValueError(f"{flag} {folder} is among the images of --data {data}: name another folder")
 
 
 def check_lengths(args):
