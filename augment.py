@@ -70,9 +70,8 @@ def batches(
     another size, see `bounds`. Raises ValueError for another `augment`, for mixing without num_classes, and for images
     of another type, too small or, if "strong", not square.
 
-    The first `first` batches are skipped, then every `every`-th is taken. Each batch is augmented whole, and process
-    `rank` of `world_size` gets its slice, which is empty if the batch has fewer images than there are processes:
-    least=world_size prevents that unless batch_size or n is smaller.
+    The first `first` batches are skipped, then every `every`-th is taken. Process `rank` of `world_size` gets a slice
+    of each, empty if there are too few images: least=world_size prevents that unless batch_size or n is smaller.
     """
     if augment not in ("none", "strong"):
         raise ValueError(f"augment {augment} must be none or strong")
