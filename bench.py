@@ -267,7 +267,7 @@ def command(argv):
 
 
 def main(argv=None):
-    return errors.exit_status("bench.py", lambda: command(argv), flags=arguments.as_flags)
+    return errors.exit_status("bench.py", lambda: command(argv), as_flags=arguments.as_flags)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def run_one(name, args):
         return status
 
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        status = errors.exit_status(f"compare.py: {name}", work, flags=arguments.as_flags)
+        status = errors.exit_status(f"compare.py: {name}", work, as_flags=arguments.as_flags)
     return result, status
 
 
@@ -350,7 +350,7 @@ def report(own, rest, out, rows, results):
 
 
 def main(argv=None):
-    return errors.exit_status("compare.py", lambda: command(argv), flags=arguments.as_flags)
+    return errors.exit_status("compare.py", lambda: command(argv), as_flags=arguments.as_flags)
 
 
 if __name__ == "__main__":

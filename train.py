@@ -405,7 +405,7 @@ def run_once(args, checkpoint=None):
     signal_number = distributed.all_max(signals[0] if signals else 0)  # one may have come during the final test
     if signal_number:
         return result, 128 + signal_number
-    return result, errors.STATUS_OF.get(result["stopped"], 0)
+    return result, errors.status_of(result["stopped"])
 
 
 def command(argv=None):
@@ -424,7 +424,7 @@ def command(argv=None):
 
 
 def main(argv=None):
-    status = errors.exit_status("train.py", lambda: command(argv), flags=arguments.as_flags)
+    status = errors.exit_status("train.py", lambda: command(argv), as_flags=arguments.as_flags)
     distributed.cleanup(status)
     return status
 

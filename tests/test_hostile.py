@@ -345,7 +345,7 @@ def test_nothing_is_written_among_the_images(flag, folder, tiny, capsys):
     os.symlink("images/train", "link")
     before = sorted(Path("images").rglob("*"))
     assert call(*TINY_MLP, "--data", "images", flag, folder) == 2
-    one_line(capsys, f"{flag} {folder} is among the images of --data images: name another folder")
+    one_line(capsys, f"{flag} {folder} is among the images of images: name another folder")
     assert sorted(Path("images").rglob("*")) == before
 
 

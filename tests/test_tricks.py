@@ -333,7 +333,7 @@ def test_out_of_memory_is_one_line(error, tiny, monkeypatch, capsys):
     monkeypatch.setattr(train, "backward", backward)
     assert call(*TINY_MLP) == 1
     said = capsys.readouterr().err
-    assert "--batch-size 64" in said and "--accum" in said and len(said.splitlines()) == 1
+    assert "--batch-size 64 runs out of memory: " in said and "--accum" in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("flags", [["--lr", "1e30"], ["--lr", "1e30", "--opt", "sgd", "--clip-grad", "1e38"]])

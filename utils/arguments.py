@@ -59,10 +59,11 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if words is None else list(words)
         for i, word in enumerate(words):
             before = words[i - 1] if i and words[i - 1].startswith("-") else "a word"
-            if not word or (word.startswith("--") and word.find("=") == len(word) - 1):  # "" or --flag=
-                self.error(f'{word[:-1] or before} "" is empty: give a value, or leave it out')
-            if word.startswith("--") and word.endswith("=--"):  # it would make an empty list of it
-                self.error(f"argument {word[:-3]}: -- is no value")
+            flag, equals, value = word.partition("=")
+            if not word or (word.startswith("--") and equals and not value):  # "" or --flag=
+                self.error(f'{flag or before} "" is empty: give a value, or leave it out')
+            if word.startswith("--") and value == "--":  # it would make an empty list of it
+                self.error(f"argument {flag}: -- is no value")
             path = word[1:]
             if word.startswith("@") and os.path.exists(path):
                 if not os.path.isfile(path) or os.path.getsize(path) > LONGEST_FILE:
@@ -182,7 +183,7 @@ def parse(argv=None, program="train.py"):
     Returns them, with the set of those that the user gave as `given`, and the checkpoint to go on from, or None. Raises
     ValueError for what can be seen to be wrong in them.
     """
-    first = Parser(program, add_help=False)
+    first = Parser(program, add_help=False)  # these decide which flags there are, and their defaults
     for name in ("--model", "--resume", "--out", "--init"):
         first.add_argument(name)
     chosen = first.parse_known_args(argv)[0]
@@ -201,7 +202,7 @@ def parse(argv=None, program="train.py"):
 
 
 def _parse(argv, program, chosen, resumed):
-    """What parse() returns, for the pre-parsed arguments and those of the run to go on with, or None."""
+    """The arguments, from the few parsed first (`chosen`) and those of the run to go on with (`resumed`, or None)."""
     model = chosen.model if resumed is None else resumed.get("model")
     if model not in MODELS:
         model = "mlp"  # the parser rejects what isn't there
@@ -216,7 +217,8 @@ def _parse(argv, program, chosen, resumed):
     if resumed is not None:
         if resumed.get("opt") == "lbfgs" and given.get("amp") == "auto":
             given["amp"] = "off"  # as in _with_defaults
-        reject_another_run(resumed, given, defaults, {action.dest: action for action in parser._actions})
+        check_resumed(resumed, defaults, {action.dest: action for action in parser._actions})
+        reject_another_run(resumed, given)
         # A checkpoint must not decide what is run, or where it writes.
         never_resumed = {"out": None, "runs": 1, "eval": None}
         args = argparse.Namespace(**resumed | never_resumed | given | {"resume": chosen.resume})
@@ -251,7 +253,7 @@ def _with_defaults(chosen, model, defaults, recipe, given):
 
 
 def warmup_within(args, given, epochs):
-    """A recipe's warm-up takes at most a fifth of the run."""
+    """The epochs of warm-up: as given, or the recipe's, but at most a fifth of the run."""
     return args.warmup_epochs if "warmup_epochs" in given else min(args.warmup_epochs, epochs / 5)
 
 
@@ -265,8 +267,8 @@ def plain(args) -> dict:
     return {name: value for name, value in vars(args).items() if name != "given"}
 
 
-def reject_another_run(resumed, given, defaults, actions):
-    """Raise ValueError for a checkpoint's arguments that no run has, and for flags that would make it another run."""
+def check_resumed(resumed, defaults, actions):
+    """Raise ValueError for a checkpoint's arguments that no run has."""
     if resumed.keys() != defaults.keys():
         odd = ", ".join(sorted(resumed.keys() ^ defaults.keys()))
         raise ValueError(f"--resume holds a run of another version of train.py: they differ in {odd}")
@@ -279,6 +281,10 @@ def reject_another_run(resumed, given, defaults, actions):
             raise ValueError(f"--resume holds {flag_name(name)} {value!r}, which is no {wanted.__name__}")
         if value is not None and choices and value not in choices:
             raise ValueError(f"--resume holds {flag_name(name)} {value!r}, which is none of {', '.join(choices)}")
+
+
+def reject_another_run(resumed, given):
+    """Raise ValueError for flags that would make the resumed run another run."""
     for name in given.keys() - MAY_CHANGE:
         if given[name] != resumed[name]:
             was = f"the one in --resume has {resumed[name]}"
@@ -340,10 +346,10 @@ def check_ranges(args):
         raise ValueError(f"--accum {args.accum} must be >= 1 and <= --batch-size {args.batch_size}")
 
 
-def reject_idle(args, names, because):
+def reject_idle(args, names, where):
     """Raise ValueError if one of the names is among the flags that the user gave."""
     for name in sorted(args.given & set(names)):
-        raise ValueError(f"{flag_name(name)} has no effect {because}: leave it out")
+        raise ValueError(f"{flag_name(name)} has no effect {where}: leave it out")
 
 
 def check(args):
@@ -398,20 +404,20 @@ def check(args):
         check_lengths(args)
 
 
-def check_out(out, data_dir, data):
+def check_out(out, data_dir, images):
     """Reject folders to write into that would harm the run or its images."""
     # A run locks the one, a download the other: it would wait for itself.
     if out and os.path.realpath(out) == os.path.realpath(data_dir):
         raise ValueError(f"--out {out} is --data-dir, too: name another folder")
-    reject_among_images("--out", out or "runs", data)
-    reject_among_images("--data-dir", data_dir, data)
+    reject_among_images("--out", out or "runs", images)
+    reject_among_images("--data-dir", data_dir, images)
 
 
-def reject_among_images(flag, folder, data):
-    """Raise ValueError if a folder lies where the images of a folder `data` lie: a plot would count as one of them."""
+def reject_among_images(flag, folder, images):
+    """Raise ValueError if a folder lies in train or test of a folder of images: a plot would count as one of them."""
     for part in ("train", "test"):
-        if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(os.path.join(data, part))):
-            raise ValueError(f"{flag} {folder} is among the images of --data {data}: name another folder")
+        if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(os.path.join(images, part))):
+            raise ValueError(f"{flag} {folder} is among the images of {images}: name another folder")
 
 
 def check_lengths(args):
@@ -429,7 +435,7 @@ def check_lengths(args):
     for name, idle in beyond.items():
         if idle and name in args.given and not args.resume:
             value = getattr(args, name)
-            text = ",".join(f"{x:g}" for x in (value if name == "milestones" else [value]))
+            text = ",".join(f"{x:g}" for x in value) if name == "milestones" else f"{value:g}"
             after = f", {args.warmup_epochs:g} of them warm-up" if args.warmup_epochs else ""
             raise ValueError(f"{flag_name(name)} {text} can't take effect in {args.epochs:g} epochs{after}: lower it")
 

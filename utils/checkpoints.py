@@ -51,7 +51,7 @@ RESUME_KEYS = KEYS | {
     "scaler": dict,
     "ema": dict,
     "rng": list,
-    "images": int,
+    "images": int,  # their checksum, which best.pt of a run has too
 }
 COLUMNS = "epoch step lr train_loss train_acc val_loss val_acc seconds images_per_second".split()  # of a history's row
 PLAIN = {"model_args", "classes", "mean", "std", "metrics", "args", "history", "scaler"}  # hold no tensors
@@ -197,7 +197,7 @@ def _inspect(pickled: bytes):
 
 
 def validate(path, content, keys: dict, size: int):
-    """Raise ValueError for content that no run would write into a checkpoint of `size` bytes: all distrust is here.
+    """Raise ValueError for content that no run would write into a checkpoint file of `size` bytes.
 
     Whether it fits the model and the optimizer is checked later, by load_state_dict and optimizer_state.
     """
@@ -298,10 +298,13 @@ def _validate_progress(content):
         numbers = isinstance(row, dict) and {type(value) for value in row.values()} <= {int, float}
         possible = numbers and list(row) == COLUMNS and row["epoch"] == epoch and row["seconds"] > 0
         if possible:
-            finite = ["train_loss", "seconds", "images_per_second"] + validated * ["val_loss"]
-            shares = ["train_acc"] + validated * ["val_acc"]
-            possible = all(math.isfinite(row[name]) for name in finite) and all(0 <= row[name] <= 1 for name in shares)
-        if not possible or math.isnan(row["val_acc"]) == validated:
+            possible = all(math.isfinite(row[name]) for name in ("train_loss", "seconds", "images_per_second"))
+            possible &= 0 <= row["train_acc"] <= 1
+            if validated:
+                possible &= math.isfinite(row["val_loss"]) and 0 <= row["val_acc"] <= 1
+            else:
+                possible &= math.isnan(row["val_acc"])
+        if not possible:
             raise ValueError(f"a row of its history is {str(row)[:200]}")
         if not before < row["step"] <= step:
             raise ValueError(f"its history is ahead of its step {step}")
@@ -400,11 +403,10 @@ def _check_lbfgs(optimizer, saved):
         raise ValueError("the optimizer's state is not L-BFGS's")
     for name in shapes.keys() & state.keys():
         for value in state[name] if isinstance(state[name], list) else [state[name]]:
-            number = isinstance(value, (int, float)) and not shapes[name]
-            if number:
+            if isinstance(value, (int, float)) and not shapes[name]:
                 continue
-            tensor = isinstance(value, torch.Tensor) and value.dtype == torch.float32
-            if not tensor or value.shape != shapes[name]:
+            is_float32 = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+            if not is_float32 or value.shape != shapes[name]:
                 raise ValueError(f"the optimizer's {name} doesn't fit the parameters")
             if value.isnan().any():
                 raise ValueError(f"the optimizer's {name} has values that are not numbers")

@@ -88,7 +88,7 @@ def in_group() -> bool:
 
 
 def cleanup(status: int):
-    """Leave the group."""
+    """Leave the group, before the process exits with `status`; with status 1 and NCCL, exit here."""
     if in_group():
         if status == 1 and "nccl" in dist.get_backend_config():
             sys.stdout.flush()
@@ -119,7 +119,7 @@ def local_rank() -> int:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The CUDA device of this process. Raises ValueError if there are too few, or if all would share one."""
+    """The device of this process. Raises ValueError if there are too few GPUs, or if all would share one."""
     if device.type == "mps" and world_size() > 1:
         raise ValueError(f"device mps is for one process, not {world_size()}: use --device cpu")
     if device.type != "cuda":
@@ -155,8 +155,7 @@ def on_local_main(function):
     """Call a function in the first process of every machine, then in the others, which find the files that it left."""
     if world_size() == 1:
         return function()
-    outcomes = [(None, None)]  # a thread adds the real one, so that this process can keep answering the others
-
+    outcomes = [(None, None)]  # `worker` adds the real one, while this thread keeps answering the other processes
     worker = threading.Thread(target=lambda: outcomes.append(_outcome(function)), daemon=True)
     if local_rank() == 0:
         worker.start()
@@ -213,7 +212,7 @@ def all_gather(value) -> list:
     return values
 
 
-def agreed(value, what: str):
+def agreed(value: str, what: str) -> str:
     """A value that all processes must have found alike. Raises ValueError if they haven't."""
     values = sorted(set(all_gather(value)))
     if len(values) > 1:

@@ -21,7 +21,11 @@ import torch
 from utils import checkpoints, devices, distributed
 
 LONGEST = 1000  # characters of a message
-STATUS_OF = {"non-finite loss": 1}  # exit status by why a run stopped: 0 if not listed, 128 + n for a signal
+
+
+def status_of(stopped: str) -> int:
+    """The exit status of a run that no signal ended, by why it stopped."""
+    return 1 if stopped == "non-finite loss" else 0
 
 
 class Failed(Exception):
@@ -72,10 +76,10 @@ def complain(program, error):
         print(one_line(f"{program}: error: {error}"), file=sys.stderr)
 
 
-def exit_status(program, function, *, flags=str):
+def exit_status(program, function, *, as_flags=str):
     """Call `function`, a command's main, and return the exit status: its own (None is 0), or what its exception means.
 
-    `flags` turns a message that begins with an argument's name into one that begins with the flag.
+    `as_flags` turns a message that begins with an argument's name into one that begins with the flag.
     """
 
     def interrupt(number, frame):  # when there is nothing to save: else the handler is that of caught_signals
@@ -92,10 +96,10 @@ def exit_status(program, function, *, flags=str):
     except BrokenPipeError:  # ... | head
         return 0
     except (ValueError, OSError) as error:
-        complain_once(program, flags(str(error)))
+        complain_once(program, as_flags(str(error)))
         return 2
     except Failed as error:
-        complain_once(program, flags(str(error)))
+        complain_once(program, as_flags(str(error)))
         return 1
     except Exception as error:
         if devices.is_out_of_memory(error):
@@ -154,7 +158,7 @@ def while_training(args):
             remedy = f"lower it, or raise --accum (now {args.accum}), or make the model smaller"
             if torch.cuda.is_initialized() and args.cuda_graph is not False:
                 remedy += ", or use --no-cuda-graph"
-            raise Failed(f"out of memory with --batch-size {args.batch_size}: {remedy}") from None
+            raise Failed(f"--batch-size {args.batch_size} runs out of memory: {remedy}") from None
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise Failed(f"--compile doesn't work here, use --no-compile: {str(error)[:300]}") from None
         if sys.flags.dev_mode:
@@ -186,9 +190,9 @@ def handled(handler):
 
 @contextlib.contextmanager
 def caught_signals():
-    """Yield a list that receives the number of the first signal, so that training can save and end. A second one kills.
+    """Yield a list that receives the number of a signal, so that training can save and end. A second one kills.
 
-    Not under torchrun, which forwards a Ctrl-C that the terminal has already sent to every process.
+    Under torchrun it doesn't: that forwards a Ctrl-C which the terminal has already sent to every process.
     """
     caught = []
 

@@ -82,7 +82,7 @@ class GraphedStep:
                     totals = self.step(images, labels)
                 torch.cuda.current_stream().wait_stream(self.stream)
                 return totals
-            if self.recording and self.recording[2].dtype == labels.dtype:
+            if self.recording and self.recording[2].dtype == labels.dtype:  # that of the labels
                 return self.replay(images, labels)
             return self.record(images, labels)
 
@@ -121,7 +121,8 @@ class GraphedStep:
         generator.set_state(rng)
         stream = torch.cuda.current_stream()
         try:
-            graph, inputs = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
+            graph = torch.cuda.CUDAGraph()
+            inputs = images.clone(), labels.clone()
             with torch.cuda.graph(graph, stream=self.stream):
                 self.recording = graph, *inputs, self.step(*inputs)
             replayed = self.replay(images, labels)

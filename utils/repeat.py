@@ -14,7 +14,7 @@ def repeat(args, run_once) -> int:
     """
     name = build.load_data(args)[0].name
     default = Path("runs") / f"{args.model}-{name}-{args.opt}-{args.sched}-x{args.runs}"
-    unfinished = args.out and next(Path(args.out).glob("seed-*"), None) and not Path(args.out, "result.json").exists()
+    unfinished = args.out and any(Path(args.out).glob("seed-*")) and not Path(args.out, "result.json").exists()
     results, failed = [], []
     with run_folder.open_folder(args.out, default, going_on=unfinished) as folder:
         try:
@@ -40,9 +40,10 @@ def repeat(args, run_once) -> int:
         if len(results) > 1:
             text, summary = run_folder.over_seeds(results)
             folder.log(text)
-            same = {"args": arguments.plain(args) | {"data": results[0]["args"]["data"]}, "failed_seeds": failed}
-            origin = {"command": arguments.typed(), "commit": run_folder.commit()}
-            folder.write_result(summary | same | origin)
+            summary["args"] = arguments.plain(args) | {"data": results[0]["args"]["data"]}
+            summary["failed_seeds"] = failed
+            summary |= {"command": arguments.typed(), "commit": run_folder.commit()}
+            folder.write_result(summary)
     return 1 if failed else 0
 
 
@@ -70,7 +71,7 @@ def run_seed(args, run_once):
         if checkpoint and checkpoint["images"] != checkpoints.fingerprint(*dataset.train):
             raise ValueError(f"--out {folder.parent} holds runs on other images or labels: name another")
         run_folder.print_line(f"{folder} is finished")
-        return result, errors.STATUS_OF.get(result["stopped"], 0)
+        return result, errors.status_of(result["stopped"])
     if checkpoint:
         before = {name: saved[name] for name in ("data", "epochs", "warmup_epochs")}
         args = arguments.changed(args, resume=str(folder / "last.pt"), **before)
@@ -82,7 +83,7 @@ def read_result(path: Path) -> dict:
     try:
         result = json.loads(path.read_text())
         for name in (*run_folder.OF_ALL, *run_folder.OF_EACH, "train_pflops"):
-            result[name]
+            result[name]  # raises KeyError if it's missing
         result["args"]["data"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no result of a run ({type(error).__name__}: {error}): remove it") from None

@@ -73,14 +73,13 @@ def restore(run, progress, checkpoint: dict):
         if run.ema:
             run.ema.load_state_dict({"model": checkpoint["state_dict"], "updates": checkpoint["ema"]["updates"]})
         run.model.load_state_dict(checkpoint["ema"]["trained"] if run.ema else checkpoint["state_dict"])
-        # In fp16 all steps so far may have been skipped.
-        may_be_empty = bool(checkpoint["scaler"])
-        state = checkpoints.optimizer_state(run.optimizer, checkpoint["optimizer"], may_be_empty=may_be_empty)
-        run.optimizer.load_state_dict(state)
+        fp16 = bool(checkpoint["scaler"])  # all its steps so far may have been skipped
+        saved = checkpoints.optimizer_state(run.optimizer, checkpoint["optimizer"], may_be_empty=fp16)
+        run.optimizer.load_state_dict(saved)
         for state in run.optimizer.state.values():
             if "mu_product" in state:  # NAdam reads this number in every step: on a GPU each read would wait
                 state["mu_product"] = state["mu_product"].cpu()
-        if checkpoint["scaler"]:  # empty but for fp16: a run in bf16 may go on in fp16, on a device without bf16
+        if fp16:  # else there is nothing to load: a run in bf16 may go on in fp16, on a device without bf16
             run.scaler.load_state_dict(checkpoint["scaler"])
         if distributed.rank() < processes:  # else there is none for this one: its dropout starts afresh
             devices.restore_rng(checkpoint["rng"][distributed.rank()], run.device)
