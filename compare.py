@@ -215,6 +215,8 @@ def reject_another(out, variants, flags, seeds):
         if not all(path.is_file() for path in there):  # reading a pipe would wait for ever
             raise ValueError
         content = json.loads(files[0].read_text())
+        if not all(type(seed) is int for seed in content["seeds"]):
+            raise ValueError
         before = {row["name"]: content["flags"] + row["flags"] for row in content["variants"] if row["n"]}
         lost = [name for name in before if name not in variants]
         kept = [name for name in before if name in variants]

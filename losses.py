@@ -83,8 +83,10 @@ def parse(expression: str, smoothing: float = 0.0) -> Callable[[torch.Tensor, to
     """'ce+0.5*cosine' -> a function loss(logits, labels) -> the mean over the images, a scalar tensor.
 
     Logits are float32 (b, classes); labels are int64 (b,) or distributions, float32 (b, classes). Raises ValueError
-    with the grammar.
+    with the grammar, and for a smoothing out of range.
     """
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing {smoothing} must be >= 0 and < 1")
     terms = []
     for term in expression.split("+"):
         weight, times, name = term.rpartition("*")

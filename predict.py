@@ -223,17 +223,19 @@ def held_out(checkpoint, dataset):
 
 def print_report(args, checkpoint, model, device):
     """--report: results on the test images as text or JSON, and three plots."""
-    dataset = models.dataset_for(checkpoint, args.report, args.data_dir or "data", args.checkpoint)
+    data_dir = args.data_dir or "data"
+    arguments.reject_among_images("--data-dir", data_dir, args.report)
+    dataset = models.dataset_for(checkpoint, args.report, data_dir, args.checkpoint)
     out = Path(args.out or Path(args.checkpoint).parent / f"report-{dataset.name}")
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"--out {out} is no folder: name another one")
     arguments.reject_among_images("--out", out, args.report)
-    plots = [out / f"{name}.png" for name in ("confusion", "mistakes", "reliability")]
-    for path in plots:
-        checkpoints.check_not_in_the_way(path)
-    there = [path for path in plots if path.exists()]
-    if args.out and there and len(there) < len(plots):  # a report has all three
-        raise ValueError(f"--out {out} holds a {there[0].name} that is no report's: name another folder")
+    for name in ("confusion.png", "mistakes.png", "reliability.png"):
+        checkpoints.check_not_in_the_way(out / name)
+        if (out / name).exists():
+            with open(out / name, "rb") as file:
+                if b"Matplotlib" not in file.read(200):  # which plots name as their software
+                    raise ValueError(f"--out {out} holds a {name} that is no plot: remove it, or name another folder")
     images, labels = dataset.test
     classes = dataset.classes
     logits = logits_of(model, images, checkpoint, device)

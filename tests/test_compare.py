@@ -253,6 +253,17 @@ def test_a_comparison_with_fewer_seeds_replaces_none(tiny, monkeypatch, capsys):
     assert content("c")["seeds"] == [0, 1, 2] and content("c")["variants"][0]["n"] == 3
 
 
+@pytest.mark.parametrize("seeds", [[0, "a", None], "01", 5, None])
+def test_a_table_with_odd_seeds_is_no_comparison(seeds, tiny, monkeypatch, capsys):
+    drawn(monkeypatch)
+    flags = [*BASE, "--vary", "lr=0.01,0.001", "--out", "c"]
+    assert compared(*flags) == 0
+    Path("c/compare.json").write_text(json.dumps(content("c") | {"seeds": seeds}))
+    capsys.readouterr()
+    assert compared(*flags) == 2
+    assert "are no comparison's" in capsys.readouterr().err
+
+
 def test_models_with_data_of_their_own_are_not_compared(tiny, capsys):
     assert compared("--epochs", 1, "--vary", "model=mlp,vit", "--out", "c") == 2
     assert "different data, cifar10 and mnist: give --data" in capsys.readouterr().err and not Path("c").exists()

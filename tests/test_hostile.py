@@ -345,8 +345,24 @@ def test_nothing_is_written_among_the_images(flag, folder, tiny, capsys):
     os.symlink("images/train", "link")
     before = sorted(Path("images").rglob("*"))
     assert call(*TINY_MLP, "--data", "images", flag, folder) == 2
-    one_line(capsys, f"{flag} {folder} is among the images of images: name another folder")
+    one_line(capsys, f"{flag} {folder} is among the images of images: name another place")
     assert sorted(Path("images").rglob("*")) == before
+
+
+def test_nothing_is_written_where_links_to_classes_lead(tiny, capsys):
+    write_folder(tiny / "images")
+    for part in ("train", "test"):
+        Path("links", part).mkdir(parents=True)
+        for name in ("cat", "dog"):
+            os.symlink(tiny / "images" / part / name, Path("links", part, name))
+    assert call(*TINY_MLP, "--data", "links", "--out", "images/train/cat/run") == 2
+    one_line(capsys, "among the images of links")
+
+
+def test_a_plot_of_learning_rates_is_not_written_among_the_images(tiny, capsys):
+    write_folder(tiny / "images")
+    assert diagnose.main([*TINY_MLP, "--data", "images", "--find-lr", "images/train/cat/lr.png"]) == 2
+    one_line(capsys, "--find-lr images/train/cat/lr.png is among the images")
 
 
 def test_a_run_beside_its_images_is_fine(tiny):

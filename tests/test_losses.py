@@ -1,5 +1,7 @@
 """Tests: losses."""
 
+import math
+
 import pytest
 import torch
 
@@ -70,6 +72,12 @@ def test_every_loss_trains(expression):
         optimizer.step()
     # Chance is 0.25. The median of a one-hot label is 0: a linear model gains less by l1.
     assert (model(images).argmax(1) == labels).float().mean() > (0.5 if expression == "l1" else 0.75)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1, math.nan])
+def test_smoothing_is_a_share(smoothing):
+    with pytest.raises(ValueError, match=r"smoothing .* must be >= 0 and < 1"):
+        losses.parse("ce", smoothing)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ CASES = [
     ("overfitting", dict(train_loss=EARLY + falling(0.8, 0.3), val_loss=EARLY + falling(0.9, 1.3, noise=0.03), best=6)),
     ("overfitting", dict(train_loss=EARLY + [0.001] * 10, val_loss=EARLY + falling(0.9, 1.3), best=6)),
     ("overfitting", dict(train_loss=falling(2.3, 0.5), val_loss=falling(2.31, 3.5))),  # labels by chance
+    ("overfitting", dict(train_loss=falling(5.0, 3.9), val_loss=[2.29] * 10)),  # a teacher's term lies in the first
     ("converged", dict(train_loss=EARLY + [0.8] * 10, val_loss=EARLY + [0.9] * 10, best=6)),
     (
         "converged",

@@ -386,15 +386,18 @@ def test_report_of_a_pupil_and_of_a_folder_by_another_name(trained, undrawn, tin
     assert "temperature" not in json.loads(capsys.readouterr().out)  # these images may have been trained on
 
 
-def test_report_takes_the_place_of_a_report_alone(trained, undrawn, tiny, capsys):
-    Path("mine").mkdir()
-    Path("mine/mistakes.png").write_text("of the user")
-    assert predict.main(["cnn.pt", "--report", "shapes", "--out", "mine"]) == 2
-    assert "--out mine holds a mistakes.png that is no report's" in capsys.readouterr().err
-    assert Path("mine/mistakes.png").read_text() == "of the user"
-    for name in ("confusion", "reliability"):
-        Path(f"mine/{name}.png").touch()
-    assert predict.main(["cnn.pt", "--report", "shapes", "--out", "mine"]) == 0
+@pytest.mark.parametrize("out", ["mine", "report-shapes"])
+def test_report_takes_the_place_of_a_report_alone(out, trained, tiny, capsys):
+    Path(out).mkdir()
+    Path(out, "mistakes.png").write_text("of the user")
+    for _ in range(2):
+        assert predict.main(["cnn.pt", "--report", "shapes", "--out", out]) == 2
+        assert f"--out {out} holds a mistakes.png that is no plot" in capsys.readouterr().err
+    assert Path(out, "mistakes.png").read_text() == "of the user" and len(list(Path(out).iterdir())) == 1
+    Path(out, "mistakes.png").unlink()
+    assert predict.main(["cnn.pt", "--report", "shapes", "--out", out]) == 0
+    Path(out, "reliability.png").unlink()  # as if it had broken off
+    assert predict.main(["cnn.pt", "--report", "shapes", "--out", out]) == 0
 
 
 def test_report_is_not_written_among_its_images(undrawn, tiny, capsys):
@@ -403,6 +406,8 @@ def test_report_is_not_written_among_its_images(undrawn, tiny, capsys):
     for out in ("pets/test/cat", "pets/test/report"):
         assert predict.main(["run/best.pt", "--report", "pets", "--out", out]) == 2
         assert f"--out {out} is among the images" in capsys.readouterr().err
+    assert predict.main(["run/best.pt", "--report", "pets", "--data-dir", "pets/test/cat"]) == 2
+    assert "--data-dir pets/test/cat is among the images" in capsys.readouterr().err
     assert len(list(Path("pets/test").rglob("*"))) == 8
 
 

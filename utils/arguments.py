@@ -321,7 +321,6 @@ RANGES = {
     "mixup": ALPHA,
     "cutmix": ALPHA,
     "mixup_off_epoch": at_least(0),
-    "smoothing": BELOW_1,
     "distill": FLOAT32,
     "temperature": ("from 0.01 to 100", lambda x: 0.01 <= x <= 100),
     "ema": BELOW_1,
@@ -384,7 +383,7 @@ def check(args):
     processes = distributed.world_size()
     if processes > 1:
         reject_idle(args, {"runs", "minutes"}, f"in {processes} processes")
-    losses.parse(args.loss)
+    losses.parse(args.loss, args.smoothing)
     if args.nesterov and args.momentum == 0:
         raise ValueError("--nesterov needs a --momentum above 0")
     if args.opt == "lbfgs":
@@ -413,11 +412,12 @@ def check_out(out, data_dir, images):
     reject_among_images("--data-dir", data_dir, images)
 
 
-def reject_among_images(flag, folder, images):
-    """Raise ValueError if a folder lies in train or test of a folder of images: a plot would count as one of them."""
-    for part in ("train", "test"):
-        if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(os.path.join(images, part))):
-            raise ValueError(f"{flag} {folder} is among the images of {images}: name another folder")
+def reject_among_images(flag, path, images):
+    """Raise ValueError if a path lies in train or test of a folder of images: a plot would count as one of them."""
+    for part in (Path(images, "train"), Path(images, "test")):
+        classes = list(part.iterdir()) if part.is_dir() else []  # they may be links to other places
+        if any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)) for place in (part, *classes)):
+            raise ValueError(f"{flag} {path} is among the images of {images}: name another place")
 
 
 def check_lengths(args):

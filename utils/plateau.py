@@ -53,7 +53,8 @@ def verdict(history, best, chance):
         return "too high"
     if val_trend < 0:
         return "too small"
-    if guesses and (train_trend == 0 or min(trains) > 0.98 * chance):
+    at_chance = 0.98 * chance < min(trains) and max(trains) < 1.02 * chance
+    if guesses and (train_trend == 0 or at_chance):
         return "not learning"
     if val_trend > 0 or (train_trend < 0 and last["val_loss"] >= best["val_loss"]):
         return "overfitting"
