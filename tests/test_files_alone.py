@@ -61,6 +61,7 @@ def example(name):
     return "\n".join(lines) + "\n" + MORE.get(name, "")
 
 
+@pytest.mark.slow  # the smoke test runs those that users copy
 def test_every_piece_runs_alone_as_its_docstring_shows(tmp_path):
     """Each in an interpreter that knows none of the others; those that need torch share its import."""
     examples = {name: example(name) for name in PIECES}
