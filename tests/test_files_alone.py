@@ -102,6 +102,7 @@ def test_imports_go_down_only():
     assert not {module.split(".")[0] for module in imports(HERE / "train.py")} & commands
 
 
+@pytest.mark.slow  # two seconds of sleep
 def test_the_budget_is_that_of_its_docstring(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(HERE)!r})\n{example('utils/budget')}\nassert 4 < steps < 600, steps"
     done = python("-c", code, cwd=tmp_path)

@@ -872,6 +872,7 @@ def test_what_no_rule_foresaw_is_one_line_with_its_place(where, status, tiny, mo
     one_line(capsys, "KeyError", "a mistake of one's own", "test_hostile.py:", "python -X dev")
 
 
+@pytest.mark.slow  # three seconds for one line of errors.py
 def test_python_in_development_mode_shows_the_traceback(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(HERE)!r}); import train; train.prepare = lambda args: 1 / 0; train.main()"
