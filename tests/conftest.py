@@ -1,5 +1,6 @@
 """What several test files use: small models, small sets, small runs."""
 
+import copy
 import dataclasses
 import os
 import signal
@@ -27,6 +28,9 @@ HERE = Path(__file__).parent.parent
 torch.set_num_threads(1)  # the models are small: a second thread would mostly wait
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with these ignored,
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and the runs of tests would ignore them, too
+
+
+SMALL = datasets.shapes(140, 40)
 
 
 VIT = dict(image_size=32, patch_size=4, num_classes=10, dim=32, depth=2, heads=2, mlp_dim=64)
@@ -66,7 +70,7 @@ def auto_is_the_cpu(monkeypatch):
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Runs in an empty folder, on a small 'shapes', without drawing curves."""
-    small = datasets.shapes(140, 40)
+    small = copy.deepcopy(SMALL)  # a test may change its images
 
     def shapes():
         return dataclasses.replace(small)
