@@ -414,9 +414,10 @@ def check_out(out, data_dir, images):
 
 def reject_among_images(flag, path, images):
     """Raise ValueError if a path lies in train or test of a folder of images: a plot would count as one of them."""
+    real = Path(os.path.realpath(path))
     for part in (Path(images, "train"), Path(images, "test")):
-        classes = list(part.iterdir()) if part.is_dir() else []  # they may be links to other places
-        if any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)) for place in (part, *classes)):
+        linked = [entry for entry in part.iterdir() if entry.is_symlink()] if part.is_dir() else []
+        if any(real.is_relative_to(os.path.realpath(place)) for place in (part, *linked)):
             raise ValueError(f"{flag} {path} is among the images of {images}: name another place")
 
 
