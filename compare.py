@@ -202,7 +202,7 @@ def meaning(flags):
             args = arguments.plain(arguments.parse(flags, "compare.py")[0])
     except (SystemExit, ValueError, OSError):  # they were right once
         return flags
-    return {name: args[name] for name in args.keys() - (arguments.MAY_CHANGE - {"epochs", "patience"})}
+    return {name: args[name] for name in args.keys() - arguments.NO_MATTER}
 
 
 def reject_another(out, variants, flags, seeds):

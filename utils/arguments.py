@@ -31,6 +31,8 @@ MAY_CHANGE = {
     "resume", "epochs", "patience", "device", "compile", "cuda_graph", "out", "data_dir", "log_interval", "save_every",
     "tensorboard",
 }  # fmt: skip
+# In these a finished run may differ from one that it stands for, in --runs and comparisons.
+NO_MATTER = MAY_CHANGE - {"epochs", "patience"}
 
 
 class Parser(argparse.ArgumentParser):

@@ -57,7 +57,7 @@ def run_seed(args, run_once):
         result = read_result(folder / "result.json")
     if checkpoint or result:
         saved = checkpoint["args"] if checkpoint else result["args"]
-        resumable = arguments.MAY_CHANGE - {"epochs", "patience"}
+        resumable = set(arguments.NO_MATTER)
         if args.minutes:  # they were measured
             resumable |= {"epochs", "warmup_epochs"}
         if "data" not in args.given and saved["data"] == "shapes":  # it had fallen back
