@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+FORMATS = "JPEG PNG BMP GIF WEBP TIFF PPM".split()  # Pillow's: others may start programs, such as Ghostscript
 CHUNK = 1024  # images: small batches are augmented together, in chunks, which takes less time
 GPU_CHUNK = 2**25  # pixel values: a GPU waits for launches, so its chunks are larger
 
@@ -269,8 +270,8 @@ def tta(model, images: Tensor, *, flip: bool) -> Tensor:
 def add_args(parser) -> None:
     flag = parser.add_argument
     flag("--crop-pad", type=int, default=0, metavar="N", help="random crops, N pixels of reflect padding (%(default)s)")
-    mirrored = "alternating horizontal flip (%(default)s)"
-    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help=mirrored)
+    flipped = "alternating horizontal flip (%(default)s)"
+    flag("--flip", action=argparse.BooleanOptionalAction, default=False, help=flipped)
     flag("--augment", choices=["none", "strong"], default="none", help="strong: affine, elastic, colours (%(default)s)")
     flag("--reprob", type=float, default=0.0, metavar="P", help="random erasing in that share of images (%(default)s)")
     flag("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of images; 0: off (%(default)s)")
@@ -290,7 +291,10 @@ def read_images(paths) -> Tensor:
         if not os.path.isfile(path):  # reading a pipe would wait for ever
             raise ValueError(f"{path} is no file")
         try:
-            images.append(ImageOps.fit(Image.open(path).convert("RGB"), (32, 32)))
+            image = ImageOps.exif_transpose(Image.open(path, formats=FORMATS))
+            if image.mode == "F" or image.mode.startswith("I"):  # convert() would cut them to 8 bits
+                raise ValueError("its pixels have more than 8 bits")
+            images.append(ImageOps.fit(image.convert("RGB"), (32, 32)))
         except Exception as error:  # Pillow has many
             raise ValueError(f"{path} can't be read as an image ({error})") from error
     if not paths:

@@ -74,7 +74,7 @@ class CNN(nn.Module):
 
     arch="residual" (widths 64, 256, 256; 1,972,802 parameters for CIFAR-10): a 2x2 convolution to 24 channels, see
     whiten; for each width a 3x3 convolution that halves the image and a residual one, both Dirac-initialised; the mean
-    over the image; a linear head that starts at zero, so that the first loss is ln(num_classes). It's airbench94
+    over the image; a linear head that starts at zero, so that the loss begins at ln(num_classes). It's airbench94
     (arXiv:2404.00498) but for the residuals, the mean, the head, and batch norms and biases, which are torch's own.
 
     arch="plain" (widths 32, 32, 64; 145,578 parameters): the net of the articles, 5x5 convolutions with padding 2, each

@@ -83,11 +83,14 @@ def variants_of(own):
         name, colon, flags = text.partition(":")
         if not colon or not name.strip():
             raise ValueError(f'--case {text} must be a name and its flags, as in --case "adam: --opt adam"')
-        if not name.isprintable() or len(name.encode()) > LONGEST_NAME:
-            raise ValueError(f"--case {name} must be a printable name of at most {LONGEST_NAME} bytes")
+        if not name.isprintable():
+            raise ValueError(f"--case {name} must be a printable name")
         if folder_name(name).lower().startswith("compare."):
             raise ValueError(f"{name} is the name of a file of a comparison: choose another one")
         variants.append((name.strip(), arguments.split_flags(flags)))
+    for name, _ in variants:
+        if len(name.encode()) > LONGEST_NAME:
+            raise ValueError(f"{name} is too long for a variant's name, of at most {LONGEST_NAME} bytes: give --case")
     if len(variants) < 2:
         raise ValueError("there is nothing to compare: give --vary FLAG=A,B, or two or more --case")
     if len({folder_name(name).lower() for name, _ in variants}) < len(variants):
@@ -139,8 +142,12 @@ def run_all(variants, runs, check_not_moved):
     """Run all `runs`. Returns name -> results of those that didn't fail; a signal raises Interrupted."""
     results = {name: [] for name in variants}
     spent = []  # seconds of those that weren't finished before
+    own_set = None  # where no --data is given: the set that the first run has found, or fallen back to
     for done, (name, args) in enumerate(runs, start=1):
         check_not_moved()
+        data_given = "data" in args.given
+        if own_set and not data_given:
+            args = arguments.changed(args, data=own_set, given=args.given | {"data"})
         start = time.perf_counter()
         finished_before = arguments.ended(Path(args.out))
         result, status = run_one(name, args)
@@ -153,6 +160,8 @@ def run_all(variants, runs, check_not_moved):
         else:
             # Folder, data and device as they are now: they may have been moved since it was written.
             results[name].append(result | {"args": vars(args)})
+            if not data_given:
+                own_set = result["args"]["data"]
             said = f"val acc {result['best_val_acc']:.4f}"
         line = f"{done}/{len(runs)}  {name}, seed {args.seed}: {said}, {seconds:.1f} s"
         if not finished_before:
@@ -263,9 +272,9 @@ def draw(rows, results, path):
     if not names:
         return "no compare.png: no variant has a result"
     curves = {}
-    for name in names[: len(plot.COLOURS)]:
-        curves[name] = [row for result in results[name] for row in plot.read(result["args"]["out"])]
     try:
+        for name in names[: len(plot.COLOURS)]:
+            curves[name] = [row for result in results[name] for row in plot.read(result["args"]["out"])]
         plot.draw(curves, path)
     except ImportError:
         return "no compare.png: pip install matplotlib"
@@ -327,13 +336,12 @@ def test_some(rows, results, which):
 
 def report(own, rest, out, rows, results):
     """Write and print what came out."""
-    one = next((runs[0] for runs in results.values() if runs), {})
-    names = sorted({str(result["data"]) for runs in results.values() for result in runs})
+    all_results = [result for runs in results.values() for result in runs]
+    found = {name: run_folder.in_all(all_results, name) for name in ("data", "device", "amp", "torch")}
     content = {
         "command": arguments.typed(),
         "flags": rest,
-        "data": ", ".join(names) or None,
-        **{name: one.get(name) for name in ("device", "amp", "torch")},
+        **found,
         "commit": run_folder.commit(),
         "test": own.test,
         "seeds": list(range(own.seed, own.seed + own.runs)),
@@ -342,8 +350,8 @@ def report(own, rest, out, rows, results):
     checkpoints.write_json(content, out / "compare.json")
     tested = any("test_acc" in row for row in rows)
     lines = [*table(rows), "", TEST_NOTE[own.test if tested else "none"]]
-    if one:
-        lines.append(f"Trained on {', '.join(names)}; {one['device']}; {one['amp']}.")
+    if all_results:
+        lines.append(f"Trained on {found['data']}; {found['device']}; {found['amp']}.")
     lines.append(draw(rows, results, out / "compare.png"))
     text = "\n".join([f"`{arguments.typed()}`", "", *lines]) + "\n"
     checkpoints.write(text.encode("utf-8", "backslashreplace"), out / "compare.md")

@@ -168,6 +168,10 @@ def _from_torchvision(name, root, read_only):
         if (root / getattr(cls, "base_folder", cls.__name__)).exists():
             raise ValueError(f"{name} in {root} is damaged or not complete: {error}") from error
         raise
+    except MemoryError:
+        raise
+    except PermissionError as error:
+        raise ValueError(f"{name} in {root} can't be read ({error}): change its permissions") from error
     except Exception as error:  # whatever a damaged file makes torchvision's readers raise
         reason = str(error) or type(error).__name__
         raise ValueError(f"{name} in {root} is damaged ({reason}): remove it to load it again") from error
@@ -424,7 +428,7 @@ def _read_cache(cache, fingerprint):
             content = dict(torch.load(cache, mmap=True, weights_only=True))
             checksum = zlib.crc32(content["images"].numpy())
             if (content["fingerprint"], content["checksum"]) == (fingerprint, checksum):
-                return content["images"]
+                return content["images"].clone()  # out of the mapped file, which may change
     return None
 
 
@@ -480,7 +484,7 @@ def _decode_all(paths, size):
         for i in range(start, min(start + 100, len(paths))):
             try:
                 images[i] = decode(paths[i], size)
-            except ImportError:
+            except (ImportError, MemoryError):
                 raise
             except Exception as error:
                 unreadable.append(f"{paths[i]} ({error})")

@@ -28,6 +28,7 @@ import data
 import train
 from utils import arguments, build, errors, evaluation, finetune, report
 
+FEW = 5  # steps of --find-lr whose smoothed loss is that of too few batches
 RATES = [1e-7 * 10 ** (i / 12) for i in range(97)]  # of --find-lr, from 1e-7 to 10
 
 
@@ -91,7 +92,9 @@ def normalisation(run, earlier):
     for mean, std, used_mean, used_std in zip(means, stds, dataset.mean, dataset.std, strict=True):
         passed &= abs(mean - used_mean) < 0.05 * std and abs(std - used_std) < 0.05 * std
     found = f"mean {dataset.mean} and std {dataset.std} are used, {means} and {stds} measured"
-    return passed, found, "use the measured ones (CONSTANTS in data.py)"
+    given = run.args.mean or run.args.std
+    remedy = "leave --mean and --std out, or give the measured ones" if given else "use them (CONSTANTS in data.py)"
+    return passed, found, remedy
 
 
 def hashes(images):
@@ -261,13 +264,15 @@ def find_lr(run):
         if not math.isfinite(value):
             break
         smooth.append(value)
-        if value >= 2 * min(smooth):
+        if step > FEW and value >= 2 * min(smooth[FEW - 1 :]):
             break
-    if len(smooth) < 5:
+    if len(smooth) < FEW:
         raise ValueError("--find-lr: the loss isn't finite in the first steps, see --weight-decay and --loss")
-    lowest = smooth.index(min(smooth))
+    if min(smooth) == 0:
+        raise ValueError("--find-lr: the loss is 0, there is nothing left to learn: leave --init out")
+    lowest = smooth.index(min(smooth[FEW - 1 :]), FEW - 1)
     # Over four steps: one loss alone is noisy.
-    fastest = max(range(4, max(5, lowest + 1)), key=lambda i: smooth[i - 4] - smooth[i])
+    fastest = max(range(4, lowest + 1), key=lambda i: smooth[i - 4] - smooth[i])
     return RATES[: len(smooth)], smooth, math.sqrt(RATES[fastest] * RATES[lowest] / 10)
 
 

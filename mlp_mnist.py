@@ -48,7 +48,7 @@ class MLP(nn.Module):
     `hidden` holds the widths of the hidden layers. hidden=(256, 128, 64), dropout=0.2, batch_norm=False is the
     FeedForwardNet of the articles (242,762 parameters on MNIST), hidden=(128,), dropout=0, batch_norm=False their
     SimpleNN, hidden=() their linear SimpleModel. The defaults are wider and put batch norm (arXiv:1502.03167) before
-    each ReLU; with it the last layer starts at zero, so that the first loss is ln(num_classes). Without, it starts as
+    each ReLU; with it the last layer starts at zero, so that the loss begins at ln(num_classes). Without, it starts as
     torch starts it: at the articles' small learning rates a net with a zero layer on top would lose most of its first
     epoch. Raises ValueError for sizes that make no network.
     """

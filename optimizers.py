@@ -223,7 +223,7 @@ def options_of(opt: str) -> set[str]:
 def add_args(parser):
     flag = parser.add_argument
     flag("--lr", type=float, metavar="X", help="learning rate at the schedule's peak (depends on --opt and the model)")
-    flag("--weight-decay", "--wd", type=float, default=0.0, metavar="X", help="(depends on --opt and the model)")
+    flag("--weight-decay", type=float, default=0.0, metavar="X", help="(depends on --opt and the model)")
     everything = "decay biases, norms, tokens and positions too, not matrices alone (%(default)s)"
     flag("--decay-all", action=argparse.BooleanOptionalAction, default=False, help=everything)
     flag("--layer-decay", type=float, default=1.0, metavar="X", help="layer-wise learning-rate decay (%(default)s)")

@@ -37,6 +37,7 @@ from utils import arguments, checkpoints, devices, errors, evaluation, models, r
 
 LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of red, green and blue in grey (ITU-R BT.601)
 MOST_TOKENS = 2048  # in a map of attention: it has a number for each pair of them, in each head of each layer
+MOST_HEADS = 64  # each has a panel
 # The modes in which a flag has an effect.
 READ_BY = {
     "top": {"images"},
@@ -236,6 +237,8 @@ def print_report(args, checkpoint, model, device):
             with open(out / name, "rb") as file:
                 if b"Matplotlib" not in file.read(200):  # which plots name as their software
                     raise ValueError(f"--out {out} holds a {name} that is no plot: remove it, or name another folder")
+    if dataset.note:
+        log(f"note: {errors.one_line(dataset.note)}")
     images, labels = dataset.test
     classes = dataset.classes
     logits = logits_of(model, images, checkpoint, device)
@@ -269,8 +272,13 @@ def print_report(args, checkpoint, model, device):
     if args.json:
         errors.show(json.dumps(results))
     else:
-        note = "without TTA" if checkpoint["args"].get("tta") else ""
-        errors.show(f"{evaluation.test_line(dataset, results['test_loss'], results['test_acc'], False, note)}\n")
+        notes = []
+        if checkpoint["args"].get("tta"):
+            notes.append("without TTA")
+        if checkpoint["args"].get("loss", "ce") != "ce":
+            notes.append("the loss is cross-entropy")
+        test_line = evaluation.test_line(dataset, results["test_loss"], results["test_acc"], False, ", ".join(notes))
+        errors.show(f"{test_line}\n")
         errors.show(f"{report.as_text(matrix, shown)}\n\n{text}")
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -302,6 +310,9 @@ def draw_attention(args, checkpoint, model, device):
     tokens = model.pos_embedding.shape[1]
     if tokens > MOST_TOKENS:
         raise ValueError(f"--attention {args.attention}: {tokens:,} tokens are too many, at most {MOST_TOKENS:,}")
+    heads = model.blocks[0].attention.heads
+    if heads > MOST_HEADS:
+        raise ValueError(f"--attention {args.attention}: {heads:,} heads are too many to plot, at most {MOST_HEADS}")
     image, _ = read(args.images[0], checkpoint, args.invert)
     one = image[None], torch.zeros(1)  # labels aren't read
     x, _ = next(augment.batches(one, 1, checkpoint["mean"], checkpoint["std"], device))

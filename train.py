@@ -39,7 +39,7 @@ import losses
 from utils import arguments, budget, build, checkpoints, devices, distributed, errors, evaluation, finetune, graphs
 
 # isort: split
-from utils import models, plateau, repeat, resume, run_folder
+from utils import models, plateau, repeat, run_folder, saving
 from utils.ema import Ema
 
 
@@ -48,7 +48,7 @@ class Run:
     """What a run is made of, built by prepare(). No field is reassigned later; weights and states change in place."""
 
     args: argparse.Namespace
-    dataset: data.Dataset  # name, classes, mean, std, all of its train and test images
+    dataset: data.Dataset  # name, classes, mean, std; .train, before it is split; .test, which finish() alone reads
     train_set: data.Split  # images, uint8 (n, channels, size, size), and labels, int64 (n,)
     val_set: data.Split  # chooses the best epoch
     device: torch.device
@@ -68,13 +68,12 @@ class Run:
         return self.ema.model if self.ema else self.model
 
     @cached_property
-    def least_per_process(self):
-        """The fewest images in a forward pass of training: two with batch norm, which needs their variance."""
-        return 2 if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules()) else 1
+    def has_batch_norm(self):
+        return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
 
     def least_per_batch(self, processes):
-        """The fewest images in a batch: with batch norm two for each process; else one, and others may get none."""
-        return 2 * processes if self.least_per_process == 2 else 1
+        """The fewest images in a batch: two for each process with batch norm, which needs their variance; else one."""
+        return 2 * processes if self.has_batch_norm else 1
 
     @cached_property
     def batch_sizes(self):
@@ -124,9 +123,9 @@ def prepare(args) -> Run:
 
     if args.init and not args.resume:
         with checkpoints.blaming(args.init):
-            start = models.read_init(args.init, args.model)
-            found = finetune.initialise(model, start, dataset.classes)
-            dataset.note += f"\nstart from {args.init}: {found}"  # logged with the run's first lines
+            content = models.read_init(args.init, args.model)
+            loaded = finetune.initialise(model, content, dataset.classes)
+            dataset.note += f"\nstart from {args.init}: {loaded}"  # logged with the run's first lines
     finetune.freeze(model, args.freeze)
     teacher = models.load_teacher(args.teacher, dataset, device, precision) if args.teacher else None
     optimizer = build.make_optimizer(args, model)
@@ -155,7 +154,7 @@ def prepare(args) -> Run:
         raise ValueError(f"{rule}: batch norm can't train on one image in a process")
     if run.schedule is None:  # --minutes: time some steps on a copy; the run then gets as many epochs as fit
         trial = build.trial(run)
-        take_step = graphs.recorded(train_step, trial, log=lambda line: None)  # train() will log the same line
+        take_step = graphs.recorded(train_step, trial, log=lambda line: None)  # train() records again, and logs it
         return budget.within_minutes(run, trial, take_step, score)
     return run
 
@@ -164,10 +163,11 @@ def prepare(args) -> Run:
 
 
 def backward(run, images, labels, batch_size):
-    """Forward and backward pass of a batch, in --accum micro-batches. Leaves the gradient in the parameters, clipped.
+    """Forward and backward pass of a batch, in --accum micro-batches. Leaves the gradient in the parameters.
 
     `images` is this process's share of a batch of `batch_size` images. Returns the share's [sum of losses, correct
-    predictions, images] as a tensor on the device: an .item() here would make every step wait for the device.
+    predictions, images] as a tensor on the device: an .item() here would make every step wait for the device. The
+    gradient is clipped with --clip-grad; without it, it's still scaled in fp16.
     """
     run.optimizer.zero_grad(set_to_none=True)
     totals = devices.zero_totals(run.device)
@@ -175,7 +175,8 @@ def backward(run, images, labels, batch_size):
     if local_size == 0:  # fewer images than processes: DDP needs a backward pass all the same, of a blank one, weight 0
         images = images.new_zeros(1, *images.shape[1:])
         labels = labels.new_zeros(1, *labels.shape[1:])
-    count = max(1, min(run.args.accum, local_size // run.least_per_process))  # none too small for batch norm
+    least = 2 if run.has_batch_norm else 1  # images in a micro-batch
+    count = max(1, min(run.args.accum, local_size // least))
     micro_batches = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
     for i, (x, y) in enumerate(micro_batches, start=1):
         with distributed.sync_gradients(run.train_model, i == count):
@@ -226,9 +227,8 @@ def lbfgs_step(run, images, labels, batch_size):
 
 def score(run, split):
     """Mean loss and accuracy of run.eval_model on a split. The loss is without smoothing and teacher."""
-    args = run.args
-    where = run.dataset, run.device, run.precision
-    return evaluation.evaluate(run.eval_model, split, *where, loss=args.loss, tta=args.tta, flip=args.flip)
+    options = {"loss": run.args.loss, "tta": run.args.tta, "flip": run.args.flip}
+    return evaluation.evaluate(run.eval_model, split, run.dataset, run.device, run.precision, **options)
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -276,7 +276,7 @@ def train_until(run, epoch_end, progress, folder, signals, take_step):
             run.ema.update(run.model)
         progress.step += 1
 
-        stop = distributed.all_max(len(signals)) > 0
+        stop = distributed.all_max(len(signals)) > 0  # all processes must stop at the same step
         log = args.log_interval > 0 and progress.step % args.log_interval == 0
         save = args.save_every > 0 and progress.step % args.save_every == 0
         if not (stop or log or save or progress.step == epoch_end):
@@ -288,7 +288,8 @@ def train_until(run, epoch_end, progress, folder, signals, take_step):
         if log:
             folder.log(f"  step {progress.step:,} of {run.total_steps:,}  train loss {loss_sum / seen:.4f}")
         if (save or stop) and progress.step < epoch_end:  # at the end finish_epoch saves
-            folder.save("last.pt", resume.last_content(run, progress))
+            check_finite(run, progress, args.lr * multiplier)
+            folder.save("last.pt", saving.last_content(run, progress))
         if stop:
             break
         start = time.perf_counter()  # the seconds of logging and saving don't count
@@ -306,8 +307,8 @@ def finish_epoch(run, progress, folder):
         val_loss, val_acc = score(run, run.val_set)
         if not math.isfinite(val_loss):
             raise errors.Diverged(f"the validation loss is {val_loss}", progress.step, lr)
-    elif not all(weight.isfinite().all() for weight in run.eval_model.parameters()):  # there is no loss to tell
-        raise errors.Diverged("a weight is not finite", progress.step, lr)
+    else:
+        check_finite(run, progress, lr)  # there is no validation loss to tell
     row = {
         "epoch": len(history) + 1,
         "step": progress.step,
@@ -324,16 +325,23 @@ def finish_epoch(run, progress, folder):
     progress.totals.zero_()
 
     best = find_best(args, history)
-    folder.save("last.pt", resume.last_content(run, progress))  # first: if best.pt isn't written, a resume writes it
+    folder.save("last.pt", saving.last_content(run, progress))  # first: if best.pt isn't written, a resume writes it
     if best is row:
-        folder.save("best.pt", resume.best_content(run, progress))
+        folder.save("best.pt", saving.best_content(run, progress))
     left = run.total_steps - progress.step
+    epochs = len(history) + math.ceil(left / run.steps_per_epoch)  # in all
     steps = progress.step - (history[-2]["step"] if len(history) > 1 else 0)  # of this epoch
     step_seconds = (row["seconds"] + time.perf_counter() - start) / steps  # with validation and saving
-    folder.write_epoch(history, best, len(history) + math.ceil(left / run.steps_per_epoch), left * step_seconds)
-    half = (args.patience + 1) // 2  # a first hint comes half-way to the early stop
+    folder.write_epoch(history, best, epochs, left * step_seconds)
+    half = (args.patience + 1) // 2  # a first hint comes half-way to the early stop; not if that comes now
     if half < args.patience and early_stopping.waited(history, best, args.warmup_epochs) == half:
         folder.log(explain(run, history, best))
+
+
+def check_finite(run, progress, lr):
+    """Raise Diverged for weights that nothing can go on from: the last step's loss was computed before it."""
+    if not all(weight.isfinite().all() for weight in run.eval_model.parameters()):
+        raise errors.Diverged("a weight is not finite", progress.step, lr)
 
 
 def lr_multiplier(run, step, history):
@@ -362,11 +370,15 @@ def finish(run, progress, folder, stopped):
     best = find_best(args, history)
     test_loss = test_acc = None
     if stopped in ("finished", "early stop", "time budget"):
-        why = f"best {args.monitor}, {best[args.monitor]:.4f}" if args.val_split else "the last, as none was held out"
-        folder.log(f"{stopped}: the result is epoch {best['epoch']} ({why})")
+        chosen_as = "the last, as none was held out"
+        if args.val_split:
+            chosen_as = f"best {args.monitor}, {best[args.monitor]:.4f}"
+        folder.log(f"{stopped}: the result is epoch {best['epoch']} ({chosen_as})")
         if not args.no_test:
             folder.check_not_moved()
             content = distributed.on_main(lambda: checkpoints.load(folder.path / "best.pt"))
+            if str(content["metrics"]) != str(best):  # as text: NaN isn't equal to itself
+                raise errors.Failed(f"{folder.path / 'best.pt'} was replaced: it isn't the best epoch of this run")
             run.eval_model.load_state_dict(content["state_dict"])
             test_loss, test_acc = score(run, run.dataset.test)
             if math.isfinite(test_loss):
@@ -388,14 +400,14 @@ def finish(run, progress, folder, stopped):
 
 def run_once(args, checkpoint=None):
     """One run, from its arguments to its result. Returns (what result.json holds, exit status)."""
-    with checkpoints.blaming(args.resume):  # the run hasn't begun: an error is wrong input, exit status 2
+    with checkpoints.blaming(args.resume):  # the run hasn't begun: an error is wrong input, here exit status 2
         run = prepare(args)
         progress = Progress(devices.zero_totals(run.device))
         if checkpoint:
-            resume.restore(run, progress, checkpoint)
-        folder = resume.folder_of_run(run, progress, find_best(run.args, progress.history))
-    with folder, errors.while_training(args), errors.caught_signals() as signals:  # an error in here: exit status 1
-        resume.log_beginning(run, folder, checkpoint)
+            saving.restore(run, progress, checkpoint)
+        folder = saving.folder_of_run(run, progress, find_best(run.args, progress.history))
+    with folder, errors.while_training(run.args), errors.caught_signals() as signals:  # an error in here: exit status 1
+        saving.log_beginning(run, folder, checkpoint)
         try:
             stopped = train(run, progress, folder, signals)
         except errors.Diverged as error:
@@ -410,13 +422,14 @@ def run_once(args, checkpoint=None):
 
 def command(argv=None):
     """What the command line asks for. Returns the exit status."""
-    with errors.handled(signal.SIG_DFL):  # end at once: no handler is called while C++ waits for the other processes
+    with errors.signal_handler(signal.SIG_DFL):  # end at once: Python calls no handler while C++ waits for others
         distributed.init()
     with distributed.main_complains():
         args, checkpoint = arguments.parse(argv)
     if args.eval:
         with checkpoints.blaming(args.eval):
-            return evaluation.test_checkpoint(args)
+            evaluation.test_checkpoint(args)
+        return 0
     if args.runs > 1:
         return repeat.repeat(args, run_once)
     _, status = run_once(args, checkpoint)

@@ -148,7 +148,7 @@ class ViT(nn.Module):
     as in vit-pytorch, not 0.02 (on small images the model learns earlier); queries, keys and values have no bias unless
     qkv_bias. What differs from vit-pytorch: no norms inside the patch embedding; no dropout of attention weights; a
     projection behind one head, too; dim_head is dim / heads unless given. stem="conv" puts conv_stem in place of the
-    linear patches. drop_path grows linearly with the depth. The head starts at zero: the first loss is ln(num_classes).
+    linear patches. drop_path grows linearly with the depth. The head starts at zero, the loss at ln(num_classes).
 
     Raises ValueError if the patch doesn't divide the image, the heads don't divide dim, or forward gets another size.
     """

@@ -269,7 +269,7 @@ EFFECTS = {
     "opt": ("--lr 0.01", "--opt sgd", "weights"),
     "lr": ("", "--lr 0.01", "weights"),
     "weight_decay": ("", "--weight-decay 9", "weights"),
-    "decay_all": ("--wd 9", "--decay-all", "weights"),
+    "decay_all": ("--weight-decay 9", "--decay-all", "weights"),
     "layer_decay": ("", "--layer-decay 0.5", "weights"),
     "lr_scale": ("", "--lr-scale head=0.1", "weights"),
     "momentum": ("--opt sgd", "--momentum 0.5", "weights"),

@@ -111,8 +111,7 @@ def test_steps_on_a_gpu_are_those_of_the_file():
 @pytest.mark.parametrize("path", sorted(HERE.glob("recipes/*.args")), ids=lambda path: path.stem)
 def test_every_recipe_is_understood_and_says_what_it_is_for(path):
     assert path.read_text().startswith("# ")
-    args, _ = arguments.parse([f"@{path}"])
-    assert args.given
+    arguments.parse([f"@{path}"])
 
 
 def commands(text):

@@ -167,7 +167,7 @@ def test_safetensors(tiny, monkeypatch, capsys):
 
 
 def test_frozen_parts_stay_to_the_bit(tiny, capsys):
-    flags = "--model cnn --widths 4,8 --freeze body.0 --freeze body.2 --wd 1 --out run".split()
+    flags = "--model cnn --widths 4,8 --freeze body.0 --freeze body.2 --weight-decay 1 --out run".split()
     assert call(*TINY, *flags) == 0
     torch.manual_seed(0)
     before = cnn_cifar10.CNN(widths=(4, 8)).state_dict()

@@ -59,7 +59,8 @@ def run(program, *argv, seconds=60):
     signal.signal(signal.SIGALRM, hang)
     signal.alarm(seconds)
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch's, about tensors without elements
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about tensors without elements
             return PROGRAMS[program]() or 0
     except SystemExit as stop:
         return stop.code or 0

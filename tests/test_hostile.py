@@ -807,7 +807,7 @@ def test_a_run_is_not_shortened_to_within_an_epoch(tiny, monkeypatch, capsys):
         call(*flags, "--out", "run")
     assert checkpoints.load("run/last.pt", keys=checkpoints.RESUME_KEYS)["step"] == 20
     assert call("--resume", "run/last.pt", "--epochs", 1.5) == 2
-    one_line(capsys, "--epochs 1.5 end by its step 20, within an epoch")
+    one_line(capsys, "--epochs 1.5 end by step 20, and it stopped at step 20")
     assert call("--resume", "run/last.pt", "--epochs", 2) == 0
 
 
@@ -1026,7 +1026,7 @@ def test_images_of_a_pixel_have_no_shifted_views(tiny, capsys):
     write_folder(tiny / "pets", (4, 4))
     flags = "--model mlp --hidden 8 --data pets --img-size 1 --crop-pad 0 --epochs 1 --val-split 4 --device cpu".split()
     assert call(*flags, "--tta", "--out", "run") == 2
-    one_line(capsys, "--tta shifts the image by a pixel")
+    one_line(capsys, "--tta translates images by a pixel")
     assert not Path("run").exists() and call(*flags, "--out", "run") == 0
 
 
@@ -1283,9 +1283,11 @@ def test_runs_are_not_mixed_up_in_a_plot(tiny):
 
 
 def test_names_of_variants_are_printable_and_not_long(tiny, capsys):
-    for name in ("x\x1b[31m", "two\nlines", 300 * "y"):
+    for name, rule in (("x\x1b[31m", "printable"), ("two\nlines", "printable"), (300 * "y", "at most 200 bytes")):
         assert compare.main([*TINY_MLP, "--case", f"{name}: --lr 0.1", "--case", "b: --lr 1", "--out", "c"]) == 2
-        one_line(capsys, "printable")
+        one_line(capsys, rule)
+    assert compare.main([*TINY_MLP, "--vary", f"lr=0.1;0.{200 * '0'}1", "--out", "c"]) == 2
+    one_line(capsys, "at most 200 bytes")
 
 
 def test_a_report_is_rejected_before_it_is_computed(tiny, monkeypatch, capsys):
@@ -1407,3 +1409,260 @@ def test_the_command_to_continue_can_be_pasted(tiny, monkeypatch, capsys):
     halt(monkeypatch, 2)
     assert call(*TINY_MLP, "--out", "my run") == 130
     assert "--resume 'my run/last.pt'" in capsys.readouterr().out
+
+
+OWN_SET = "--model mlp --hidden 16 --epochs 1 --batch-size 64 --device cpu".split()  # without --data
+
+
+def found(monkeypatch, times):
+    """Make `times` say for each loading of MNIST whether it's there; shapes stand for it. Returns the loadings."""
+    loadings = []
+
+    def from_torchvision(name, root, read_only):
+        loadings.append(times[len(loadings)])
+        if not loadings[-1]:
+            raise datasets.Unavailable("there is no network")
+        return dataclasses.replace(datasets.shapes(), name=name)
+
+    monkeypatch.setattr(datasets, "_from_torchvision", from_torchvision)
+    return loadings
+
+
+def test_all_runs_of_a_comparison_train_on_the_set_that_the_first_one_found(tiny, monkeypatch, capsys):
+    loadings = found(monkeypatch, [False, True, True])
+    assert compare.main([*OWN_SET, "--vary", "lr=0.1,0.01", "--runs", "2", "--test", "none", "--out", "c"]) == 0
+    results = [json.loads(path.read_text()) for path in Path("c").glob("*/seed-*/result.json")]
+    assert len(results) == 4 and {result["data"] for result in results} == {"shapes"}
+    assert loadings == [False]
+
+
+def test_a_set_that_vanishes_between_two_seeds_is_not_replaced_by_another(tiny, monkeypatch, capsys):
+    found(monkeypatch, [True, True, False])  # for the folder's name, for both seeds
+    assert call(*OWN_SET, "--runs", 2, "--out", "many") == 2
+    assert "there is no network" in capsys.readouterr().err
+    assert json.loads(Path("many/seed-0/result.json").read_text())["data"] == "mnist"
+    assert not Path("many/result.json").exists() and not Path("many/seed-1").exists()
+
+
+@pytest.mark.parametrize("flag", ["--teacher", "--init"])
+def test_seeds_that_started_from_another_file_are_not_averaged(flag, tiny, monkeypatch, capsys):
+    assert call(*TINY_MLP, "--out", "before") == 0
+    flags = [*TINY_MLP, flag, "before/best.pt", "--runs", 2, "--out", "many"]
+    with monkeypatch.context() as patch:
+        halt(patch, 4)  # in the second
+        assert call(*flags) == 130
+    info = os.stat("before/best.pt")
+    os.utime("before/best.pt", (time.time() + 10, time.time() + 10))
+    capsys.readouterr()
+    assert call(*flags) == 2
+    one_line(capsys, f"{flag} before/best.pt was written after the runs in --out many")
+    os.utime("before/best.pt", (info.st_atime, info.st_mtime))
+    assert call(*flags) == 0
+
+
+def test_weights_that_are_not_finite_replace_no_last_pt(tiny, capsys):
+    flags = "--batch-size 10 --opt sgd --lr 1e21 --sched none --warmup-epochs 0 --save-every 1 --epochs 2".split()
+    assert call(*TINY_MLP, *flags, "--out", "run") == 1
+    assert "a weight is not finite by step 2" in capsys.readouterr().out
+    assert last()["step"] == 1
+    assert call(*TINY_MLP, *flags, "--runs", 2, "--out", "many") == 1
+    before = Path("many/seed-0/log.txt").read_text()
+    assert call(*TINY_MLP, *flags, "--runs", 2, "--out", "many") == 1  # not run again
+    assert Path("many/seed-0/log.txt").read_text() == before
+
+
+def test_a_seed_that_was_killed_in_its_first_epoch_goes_on_by_another_command(tiny, monkeypatch):
+    flags = [*TINY_MLP, "--runs", 2, "--out", "many"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        halt(patch, 1, killed=True)
+        call(*flags)
+    monkeypatch.setattr(arguments, "typed", lambda: "python train.py --other words")
+    assert call(*flags, "--no-cuda-graph") == 0
+    assert Path("many/seed-0/log.txt").read_text().count("$ python train.py --other words") == 1
+
+
+def test_a_best_pt_that_was_replaced_is_not_tested(tiny, monkeypatch, capsys):
+    assert call(*TINY_MLP, "--seed", 1, "--out", "other") == 0
+    real = train.finish
+
+    def finish(*args):
+        shutil.copy("other/best.pt", "run/best.pt")
+        return real(*args)
+
+    monkeypatch.setattr(train, "finish", finish)
+    capsys.readouterr()
+    assert call(*TINY_MLP, "--out", "run") == 1
+    one_line(capsys, "run/best.pt was replaced")
+    assert not Path("run/result.json").exists()
+
+
+def test_metrics_that_vanish_cost_the_plot_and_not_the_table(tiny, monkeypatch):
+    real = compare.test_some
+
+    def test_some(*args):
+        for path in Path("c").glob("*/seed-0/metrics.csv"):
+            path.unlink()
+        return real(*args)
+
+    monkeypatch.setattr(compare, "test_some", test_some)
+    assert compare.main([*TINY_MLP, "--vary", "lr=0.1,0.01", "--out", "c"]) == 0
+    assert "no compare.png" in Path("c/compare.md").read_text()
+
+
+def test_a_result_of_brackets_counts_as_failed(tiny, capsys):
+    flags = [*TINY_MLP, "--vary", "lr=0.1,0.01", "--out", "c"]
+    assert compare.main(flags) == 0
+    Path("c/lr-0.1/seed-0/result.json").write_text("[" * 100_000)
+    assert compare.main(flags) == 1
+    rows = {row["name"]: row["n"] for row in json.loads(Path("c/compare.json").read_text())["variants"]}
+    assert rows == {"lr 0.1": 0, "lr 0.01": 1}
+
+
+def test_a_comparison_names_all_devices_that_it_ran_on(tiny):
+    flags = [*TINY_MLP, "--vary", "lr=0.1,0.01", "--out", "c"]
+    assert compare.main(flags) == 0
+    path = Path("c/lr-0.1/seed-0/result.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "a GPU"}))
+    assert compare.main(flags) == 0
+    device = json.loads(Path("c/compare.json").read_text())["device"]
+    assert device.startswith("a GPU, cpu") and f"Trained on shapes; {device}; " in Path("c/compare.md").read_text()
+
+
+def test_a_finished_run_is_not_shortened(tiny, capsys):
+    assert call(*TINY_MLP, "--epochs", 2, "--out", "run") == 0
+    before = Path("run/result.json").read_text()
+    assert call("--resume", "run/last.pt", "--epochs", 1) == 2
+    one_line(capsys, "--epochs 1 end by step 2, and it stopped at step 4")
+    assert Path("run/result.json").read_text() == before
+
+
+def test_a_checkpoint_without_a_value_for_a_flag_is_rejected(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    for name in ("log_interval", "seed", "tta"):
+        torch.save(content := last() | {"args": last()["args"] | {name: None}}, "odd.pt")
+        assert content["args"][name] is None and call("--resume", "odd.pt", "--epochs", 2, "--out", "new") == 2
+        one_line(capsys, f"--resume holds no {arguments.flag_name(name)}")
+
+
+def test_seeds_of_another_version_are_rejected(tiny, monkeypatch, capsys):
+    flags = [*TINY_MLP, "--runs", 2, "--out", "many"]
+    with monkeypatch.context() as patch:
+        halt(patch, 1)
+        assert call(*flags) == 130
+    content = checkpoints.load("many/seed-0/last.pt", keys=checkpoints.RESUME_KEYS)
+    content["args"]["flag_of_another_version"] = 1
+    checkpoints.save(content, "many/seed-0/last.pt")
+    capsys.readouterr()
+    assert call(*flags) == 2
+    one_line(capsys, "another version of train.py")
+
+
+def test_the_commit_is_that_of_this_code_within_a_git_hook(tiny, monkeypatch):
+    expected = run_folder.commit()
+    subprocess.run(["git", "init", "-q", "elsewhere"], check=expected is not None)
+    monkeypatch.setenv("GIT_DIR", str(tiny / "elsewhere" / ".git"))
+    assert run_folder.commit() == expected
+
+
+def test_a_log_ends_with_the_reason_why_its_run_failed(tiny, monkeypatch, capsys):
+    def backward(*args):
+        raise RuntimeError("a mistake of mine")
+
+    monkeypatch.setattr(train, "backward", backward)
+    assert call(*TINY_MLP, "--out", "run") == 1
+    assert "a mistake of mine" in capsys.readouterr().err
+    assert Path("run/log.txt").read_text().splitlines()[-1].startswith("failed: RuntimeError: a mistake of mine")
+
+
+def test_files_that_were_left_out_are_said_by_every_command_that_reads_a_folder(tiny, capsys):
+    write_folder(tiny / "pets", (32, 32))
+    Path("pets/test/cat/photo.heic").write_text("in a format that isn't read")
+    assert call(*TINY_MLP, "--data", "pets", "--batch-size", 6, "--out", "run") == 0
+    assert "left out: 1 ('.heic')" in capsys.readouterr().out
+    assert call("--eval", "run/best.pt", "--device", "cpu") == 0
+    assert "left out: 1 ('.heic')" in capsys.readouterr().out
+    assert predict.main(["run/best.pt", "--report", "pets", "--out", "report"]) == 0
+    assert "left out: 1 ('.heic')" in capsys.readouterr().err
+
+
+def test_a_report_says_where_its_loss_is_another_than_the_runs(tiny, capsys):
+    for loss in ("ce", "mse"):
+        assert call(*TINY_MLP, "--loss", loss, "--out", loss) == 0
+        capsys.readouterr()
+        assert predict.main([f"{loss}/best.pt", "--report", "shapes"]) == 0
+        assert ("the loss is cross-entropy" in capsys.readouterr().out) == (loss == "mse")
+
+
+def test_a_map_of_very_many_heads_is_rejected(tiny, capsys):
+    flags = "--model vit --patch-size 16 --dim 65 --heads 65 --dim-head 1 --depth 1 --mlp-dim 8".split()
+    assert call(*flags, *TINY, "--out", "run") == 0
+    capsys.readouterr()
+    Image.new("RGB", (32, 32)).save("photo.png")
+    assert predict.main(["run/best.pt", "photo.png", "--attention", "map.png"]) == 2
+    one_line(capsys, "65 heads are too many to plot, at most 64")
+
+
+def test_a_cache_that_changes_does_not_change_what_was_loaded(tiny):
+    write_folder(tiny / "pets", (32, 32))
+    datasets.load("pets", "data")
+    before = datasets.load("pets", "data")  # from the cache
+    images = before.test.images.clone()
+    (cache,) = Path("data/cache").glob("*.pt")
+    with open(cache, "r+b") as file:  # in place, as cp and rsync --inplace do
+        file.write(bytes(cache.stat().st_size))
+    assert images.any() and torch.equal(before.test.images, images)
+
+
+def test_files_that_cannot_be_read_are_not_called_damaged(tiny, monkeypatch):
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(datasets, "_open_or_download", denied)
+    with pytest.raises(ValueError, match=r"Permission denied.*change its permissions"):
+        datasets.load("mnist", "data")
+
+
+def test_too_little_memory_is_not_blamed_on_the_data(tiny, monkeypatch):
+    def too_large(*args):
+        raise MemoryError
+
+    write_folder(tiny / "pets", (32, 32))
+    monkeypatch.setattr(datasets, "_open_or_download", too_large)
+    monkeypatch.setattr(datasets, "decode", too_large)
+    for name in ("mnist", "pets"):
+        with pytest.raises(MemoryError):
+            datasets.load(name, "data")
+
+
+def test_augment_reads_images_as_a_run_does(tiny):
+    photo = Image.new("RGB", (32, 32), "white")
+    photo.paste("black", (0, 0, 32, 16))  # dark above, turned by the camera
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    photo.save("turned.jpg", exif=exif)
+    assert (augment.read_images(["turned.jpg"])[0].int() - datasets.decode("turned.jpg", 32)).abs().max() < 20
+    Image.new("I;16", (32, 32), 30_000).save("deep.png")
+    Path("program.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n")
+    for name, rule in (("deep.png", "more than 8 bits"), ("program.png", "cannot identify")):
+        with pytest.raises(ValueError, match=rule):
+            augment.read_images([name])
+
+
+def test_a_noisy_start_does_not_end_the_search_for_a_learning_rate(tiny, monkeypatch):
+    def search(*losses):
+        monkeypatch.setattr(diagnose, "descend", lambda *args: [(loss, 0, 1) for loss in losses])
+        args, _ = diagnose.parse_args([*TINY_MLP, "--find-lr"])
+        return diagnose.find_lr(train.prepare(args))
+
+    lrs, _, suggestion = search(0.02, 0.3, 0.1, *[0.1] * 10, *[1.0] * 80)
+    assert 10 < len(lrs) < 90 and lrs[0] < suggestion < lrs[-1]
+    with pytest.raises(ValueError, match="the loss is 0"):
+        search(*[0.0] * 97)
+    with pytest.raises(ValueError, match="isn't finite in the first steps"):
+        search(1.0, float("nan"))
+
+
+def test_a_benchmark_removes_no_file_of_the_user(tiny, capsys):
+    Path("b.json.tmp").write_text("mine")
+    assert bench.main(["--out", "b.json", "--device", "nowhere"]) == 2
+    assert Path("b.json.tmp").read_text() == "mine"

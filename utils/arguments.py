@@ -90,14 +90,14 @@ def typed() -> str:
     return shlex.join(["python", *sys.argv])
 
 
-def began(folder: Path) -> bool:
-    """Was the run that a folder holds begun by this very command? The first line of its log tells."""
+def began(folder: Path, any_command=False) -> bool:
+    """Was the run in a folder begun by this very command, or by any? The first line of its log tells."""
     log = folder / "log.txt"
     if not log.is_file():
         return False
     with open(log, encoding="utf-8", errors="replace") as file:
-        wanted = f"$ {typed()}\n"
-        return file.readline(len(wanted) + 1) == wanted
+        wanted = "$ python " if any_command else f"$ {typed()}\n"
+        return file.readline(len(wanted) + 1).startswith(wanted)
 
 
 def ended(folder: Path) -> bool:
@@ -105,7 +105,7 @@ def ended(folder: Path) -> bool:
     result = folder / "result.json"
     try:
         return result.is_file() and json.loads(result.read_text())["stopped"] != "interrupted"
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 
 
@@ -154,8 +154,8 @@ def make_parser(model, program="train.py"):
     flag("--limit", type=int, metavar="N", help="train on N images only")
     augment.add_args(group)
     flag("--mixup-off-epoch", type=int, default=0, metavar="N", help="stop mixing after N epochs; 0: never (0)")
-    views = "validate and test with test-time augmentation: shifted, mirrored copies (%(default)s)"
-    flag("--tta", action=argparse.BooleanOptionalAction, default=False, help=views)
+    averaged = "validate and test with test-time augmentation: translated, flipped copies (%(default)s)"
+    flag("--tta", action=argparse.BooleanOptionalAction, default=False, help=averaged)
 
     group = parser.add_argument_group("loss and stopping")
     losses.add_args(group)
@@ -276,6 +276,8 @@ def check_resumed(resumed, defaults, actions):
         raise ValueError(f"--resume holds a run of another version of train.py: they differ in {odd}")
     for name, default in defaults.items():
         value = resumed[name]
+        if value is None and default is not None:
+            raise ValueError(f"--resume holds no {flag_name(name)}")
         kind, choices = actions[name].type, actions[name].choices
         wanted = type(default) if default is not None else kind
         as_float = wanted is float and type(value) is int

@@ -23,10 +23,11 @@ from utils import arguments, build, checkpoints, devices, finetune
 SOME = 2000  # images on which validation is timed
 
 
-def within_minutes(run, trial, train_step, score):
+def within_minutes(run, trial, take_step, score):
     """The same run, with as many whole steps as fit into --minutes, validation and saving included.
 
-    `trial` is a throw-away copy of the run. The functions are those of train.py, which imports this file.
+    `trial` is a throw-away copy of the run, of which `take_step` takes a step. `score` is that of train.py, which
+    imports this file.
     """
     rng = devices.rng_state(trial.device)
     per_epoch = trial.steps_per_epoch
@@ -34,7 +35,7 @@ def within_minutes(run, trial, train_step, score):
     finetune.train_mode(trial.model)
 
     def step():
-        train_step(trial, *next(batches))
+        take_step(trial, *next(batches))
         if trial.ema:
             trial.ema.update(trial.model)
 

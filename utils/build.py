@@ -19,7 +19,7 @@ def load_data(args):
         "data_dir": args.data_dir,
         "img_size": args.img_size,
         "fallback": "data" not in args.given and not args.resume,
-        # Nothing is written into a folder that a checkpoint alone names.
+        # A data_dir that a checkpoint names, and the user doesn't, is only read.
         "read_only": bool(args.resume) and "data_dir" not in args.given and args.data_dir != arguments.DATA_DIR,
     }
     dataset = distributed.on_local_main(lambda: data.load(args.data, **options))
@@ -29,13 +29,13 @@ def load_data(args):
             raise ValueError(f"data {args.data} isn't the same in all processes: give every machine the same files")
     channels = dataset.train.images.shape[1]
     for name in ("mean", "std"):
-        given = getattr(args, name)
-        if given is None:
+        values = getattr(args, name)
+        if values is None:
             continue
-        if len(given) not in (1, channels):
-            shown = ",".join(str(x) for x in given)
+        if len(values) not in (1, channels):
+            shown = ",".join(str(x) for x in values)
             raise ValueError(f"--{name} {shown} must be one value, or one for each of {channels} channels")
-        dataset = dataclasses.replace(dataset, **{name: given * (channels // len(given))})
+        dataset = dataclasses.replace(dataset, **{name: values * (channels // len(values))})
     train_set, val_set = data.split(dataset.train, args.val_split, args.seed)
     if args.limit:
         try:
@@ -46,7 +46,7 @@ def load_data(args):
     if args.crop_pad >= size:
         raise ValueError(f"--crop-pad {args.crop_pad} must be less than the image's {size} pixels")
     if args.tta and size < 2:
-        raise ValueError(f"--tta shifts the image by a pixel, these have {size}: leave it out")
+        raise ValueError(f"--tta translates images by a pixel, these have {size}: leave it out")
     return dataset, train_set, val_set
 
 

@@ -155,7 +155,7 @@ def on_local_main(function):
     """Call a function in the first process of every machine, then in the others, which find the files that it left."""
     if world_size() == 1:
         return function()
-    outcomes = [(None, None)]  # `worker` adds the real one, while this thread keeps answering the other processes
+    outcomes = [(None, None)]  # where the worker is started, it adds the real one; this thread answers the others
     worker = threading.Thread(target=lambda: outcomes.append(_outcome(function)), daemon=True)
     if local_rank() == 0:
         worker.start()

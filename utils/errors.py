@@ -87,7 +87,7 @@ def exit_status(program, function, *, as_flags=str):
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can't write a cache of fonts
     try:
-        with handled(interrupt):
+        with signal_handler(interrupt):
             return function() or 0
     except SystemExit as stop:  # argparse has printed why
         return stop.code
@@ -172,7 +172,7 @@ def ending_signals():
 
 
 @contextlib.contextmanager
-def handled(handler):
+def signal_handler(handler):
     """In this context `handler`, as signal.signal takes it, is called for each signal that asks the process to end."""
     old = {}
     try:
@@ -202,5 +202,5 @@ def caught_signals():
             for one in ending_signals():
                 signal.signal(one, signal.SIG_DFL)
 
-    with handled(note):
+    with signal_handler(note):
         yield caught

@@ -73,4 +73,6 @@ def test_checkpoint(args):
     run = args_of(checkpoint) | {name: getattr(args, name) for name in args.given & {"data", "amp"}}
     where = {"data": run["data"], "data_dir": args.data_dir, "device": args.device, "amp": run["amp"]}
     dataset, loss, acc = test(checkpoint, args.eval, **where)
+    if dataset.note:
+        errors.show(dataset.note.strip())
     errors.show(test_line(dataset, loss, acc, run["tta"]))

@@ -11,6 +11,7 @@ whatever else changes, such as momenta and averages, must be in tensors on the d
 
 import contextlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -43,14 +44,21 @@ def check(run):
 
 def recorded(train_step: Callable, run, log: Callable) -> Callable:
     """A function like train_step whose steps are replayed, or train_step itself if no graph is to be used."""
-    if run.args.cuda_graph is False or obstacle(run):
+    if run.args.cuda_graph is False or obstacle(run):  # None: where it's possible
         return train_step
 
     def whole_step(images, labels):  # in one process the share is the whole batch
         return train_step(run, images, labels, len(images))
 
     graphed = GraphedStep(whole_step, run.model, run.optimizer, batch_size=run.args.batch_size, log=log)
-    return lambda run, images, labels, batch_size: graphed(images, labels)
+    return lambda same_run, images, labels, batch_size: graphed(images, labels)
+
+
+class Recording(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    images: torch.Tensor  # these are overwritten before each replay ...
+    labels: torch.Tensor
+    totals: torch.Tensor  # ... and this by it
 
 
 class GraphedStep:
@@ -64,7 +72,7 @@ class GraphedStep:
     def __init__(self, step: Callable, model, optimizer, *, batch_size: int, log: Callable):
         self.step, self.model, self.optimizer = step, model, optimizer
         self.batch_size, self.log = batch_size, log
-        self.recording = None  # graph, images, labels, totals
+        self.recording: Recording | None = None
         self.calls = 0
         self.failed = False
         self.stream = torch.cuda.Stream()
@@ -82,7 +90,7 @@ class GraphedStep:
                     totals = self.step(images, labels)
                 torch.cuda.current_stream().wait_stream(self.stream)
                 return totals
-            if self.recording and self.recording[2].dtype == labels.dtype:  # that of the labels
+            if self.recording and self.recording.labels.dtype == labels.dtype:
                 return self.replay(images, labels)
             return self.record(images, labels)
 
@@ -102,11 +110,10 @@ class GraphedStep:
                 group.update(old)
 
     def replay(self, images, labels):
-        graph, static_images, static_labels, totals = self.recording
-        static_images.copy_(images)
-        static_labels.copy_(labels)
-        graph.replay()
-        return totals
+        self.recording.images.copy_(images)
+        self.recording.labels.copy_(labels)
+        self.recording.graph.replay()
+        return self.recording.totals
 
     def record(self, images, labels):
         """Take the step eagerly, restore the state, record and replay a graph; keep the graph if both results agree."""
@@ -124,7 +131,7 @@ class GraphedStep:
             graph = torch.cuda.CUDAGraph()
             inputs = images.clone(), labels.clone()
             with torch.cuda.graph(graph, stream=self.stream):
-                self.recording = graph, *inputs, self.step(*inputs)
+                self.recording = Recording(graph, *inputs, self.step(*inputs))
             replayed = self.replay(images, labels)
             error = difference([*state, replayed], [*eager, totals], [*before, torch.zeros_like(totals)])
             reason = f"the replay differs from the step by {error:.2g} of it" if error > TOLERANCE else ""

@@ -1,6 +1,7 @@
 """--runs N: the same run with several seeds."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -10,19 +11,19 @@ from utils import arguments, build, checkpoints, errors, run_folder
 def repeat(args, run_once) -> int:
     """--runs: one run for each seed, in folders of one folder, and mean and standard deviation of those that end well.
 
-    Returns the exit status, 1 if a run diverged.
+    Returns the exit status: 1 if a run diverged, 128 + n if signal n ended one.
     """
-    name = build.load_data(args)[0].name
+    name = build.load_data(args)[0].name  # not always args.data: it may have fallen back
     default = Path("runs") / f"{args.model}-{name}-{args.opt}-{args.sched}-x{args.runs}"
-    unfinished = args.out and any(Path(args.out).glob("seed-*")) and not Path(args.out, "result.json").exists()
+    unfinished = bool(args.out) and any(Path(args.out).glob("seed-*")) and not Path(args.out, "result.json").exists()
     results, failed = [], []
     with run_folder.open_folder(args.out, default, going_on=unfinished) as folder:
         try:
             for seed in range(args.seed, args.seed + args.runs):
                 folder.check_not_moved()
                 own = arguments.changed(args, seed=seed, runs=1, out=str(folder.path / f"seed-{seed}"))
-                if results:  # the first may have fallen back to another set
-                    own = arguments.changed(own, data=results[0]["args"]["data"])
+                if results:  # the set that the first one found, or none: it may have fallen back to another
+                    own = arguments.changed(own, data=results[0]["args"]["data"], given=args.given | {"data"})
                 result, status = run_seed(own, run_once)
                 if status > 128:
                     out = shlex.quote(str(folder.path))
@@ -57,6 +58,13 @@ def run_seed(args, run_once):
         result = read_result(folder / "result.json")
     if checkpoint or result:
         saved = checkpoint["args"] if checkpoint else result["args"]
+        if saved.keys() != arguments.plain(args).keys():
+            raise ValueError(f"--out {folder.parent} holds runs of another version of train.py: name another")
+        for name in ("init", "teacher"):
+            path = getattr(args, name)
+            if path and os.path.getmtime(path) > os.path.getmtime(folder / ("result.json" if result else "last.pt")):
+                rule = f"{arguments.flag_name(name)} {path} was written after the runs in --out {folder.parent}"
+                raise ValueError(f"{rule}, and may be another: name another folder")
         resumable = set(arguments.NO_MATTER)
         if args.minutes:  # they were measured
             resumable |= {"epochs", "warmup_epochs"}

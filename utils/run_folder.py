@@ -133,7 +133,10 @@ class RunFolder(contextlib.AbstractContextManager):
             os.close(self.held)
         self.file = self.held = self.events = None
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, place):
+        if self.file and isinstance(error, errors.Failed):  # it's printed on standard error
+            with contextlib.suppress(OSError):  # a full disk
+                self.file.write(f"failed: {errors.one_line(error)}\n")
         self.close()
 
 
@@ -210,10 +213,12 @@ def first_free(out, default, going_on):
 def holds_run(path: Path) -> bool:
     """Does a folder hold anything of a run?
 
-    A log that this same command began, killed before it saved anything, doesn't count.
+    A log that this same command began, killed before it saved anything, doesn't count; in a folder of one of several
+    seeds, any command's.
     """
     log = path / "log.txt"
-    if log.is_file() and log.stat().st_size > 0 and not arguments.began(path):
+    is_seed = path.name.startswith("seed-")
+    if log.is_file() and log.stat().st_size > 0 and not arguments.began(path, any_command=is_seed):
         return True
     return any((path / name).exists() for name in RUN_FILES) or any(path.glob("seed-*"))
 
@@ -266,7 +271,7 @@ def lock(folder: int | None) -> bool:
 def describe(run) -> list[str]:
     """The lines with which a run's log begins: what trains on what, where, with which options."""
     args, dataset = run.args, run.dataset
-    how = run.precision + ", compiled" * args.compile
+    how = f"{run.precision}, compiled" if args.compile else run.precision
     parameters = sum(p.numel() for p in run.model.parameters())
     shape = "x".join(str(n) for n in dataset.train.images.shape[1:])
     counts = f"{len(run.train_set.labels):,} images to train on, {len(run.val_set.labels):,} to validate"
@@ -343,7 +348,7 @@ def clock(seconds: float) -> str:
 
 
 def result_of(run, progress, best: dict | None, stopped: str, test_loss, test_acc) -> dict:
-    """What result.json holds. Accuracies are fractions."""
+    """What result.json holds. Accuracies are fractions; a copy of the model counts the operations of training."""
     history = progress.history
     seconds = sum(row["seconds"] for row in history)
     images = sum(row["seconds"] * row["images_per_second"] for row in history)
@@ -375,6 +380,14 @@ def result_of(run, progress, best: dict | None, stopped: str, test_loss, test_ac
     }
 
 
+def in_all(results: list[dict], key: str):
+    """What the results have under a key: one value or, as text, several; None without results."""
+    different = sorted({str(result[key]) for result in results})
+    if len(different) > 1:
+        return ", ".join(different)
+    return results[0][key] if results else None
+
+
 def over_seeds(results: list[dict]) -> tuple[str, dict]:
     """The results of runs that differ in the seed, as a line for the eye and a dict for result.json."""
     split = "val" if results[0]["test_acc"] is None else "test"  # --no-test
@@ -385,7 +398,7 @@ def over_seeds(results: list[dict]) -> tuple[str, dict]:
     text = f"{split} acc {mean:.4f} +- {std:.4f} (mean and standard deviation, n = {len(accs)}: {each}), "
     text += f"{seconds:.1f} s each"
     return text, {
-        **{key: results[0][key] for key in OF_ALL},
+        **{key: in_all(results, key) for key in OF_ALL},
         f"{split}_acc": mean,
         f"{split}_acc_std": std,
         "n": len(accs),
@@ -398,7 +411,8 @@ def over_seeds(results: list[dict]) -> tuple[str, dict]:
 def commit() -> str | None:
     """The git commit of this code, with a + if files differ from it; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's own repository
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

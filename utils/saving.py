@@ -1,4 +1,4 @@
-"""What best.pt and last.pt hold, and how a run goes on from there."""
+"""What a run saves in best.pt and last.pt, how it goes on from there, and how its folder and its log begin."""
 
 import os
 from pathlib import Path
@@ -67,8 +67,9 @@ def restore(run, progress, checkpoint: dict):
         if len(augment.bounds(len(run.train_set.labels), run.args.batch_size, least)) != run.steps_per_epoch:
             raise ValueError(f"with {processes} processes its epochs had other batches: start as many")
         validated = checkpoint["history"][-1]["step"] if checkpoint["history"] else 0
-        if checkpoint["step"] >= run.total_steps and checkpoint["step"] > validated:
-            raise ValueError(f"--epochs {run.args.epochs:g} end by its step {checkpoint['step']}, within an epoch")
+        step, total = checkpoint["step"], run.total_steps
+        if step > total or (step == total and step > validated):
+            raise ValueError(f"--epochs {run.args.epochs:g} end by step {total}, and it stopped at step {step}")
         # Load its states.
         if run.ema:
             run.ema.load_state_dict({"model": checkpoint["state_dict"], "updates": checkpoint["ema"]["updates"]})
@@ -106,7 +107,8 @@ def folder_of_run(run, progress, best: dict | None) -> run_folder.RunFolder:
         return run_folder.open_folder(args.out, default)
     old_folder = Path(args.resume).parent
     moved = args.out is not None and os.path.realpath(args.out) != os.path.realpath(old_folder)
-    best_is_older = best is not None and best["step"] < progress.step  # else last.pt has the best weights itself
+    # Else last.pt has the best weights, or no epoch has ended.
+    best_is_older = best is not None and best["step"] < progress.step
 
     def load_best():
         """Load the best.pt that is to be kept, or that would be overwritten; None if there is none."""
