@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-FORMATS = "JPEG PNG BMP GIF WEBP TIFF PPM".split()  # Pillow's: others may start programs, such as Ghostscript
+FORMATS = "JPEG PNG BMP GIF WEBP AVIF TIFF PPM".split()  # Pillow's: others may start programs, such as Ghostscript
 CHUNK = 1024  # images: small batches are augmented together, in chunks, which takes less time
 GPU_CHUNK = 2**25  # pixel values: a GPU waits for launches, so its chunks are larger
 
@@ -287,11 +287,13 @@ def read_images(paths) -> Tensor:
     from PIL import Image, ImageDraw, ImageOps
 
     images = []
+    Image.init()
     for path in paths:
         if not os.path.isfile(path):  # reading a pipe would wait for ever
             raise ValueError(f"{path} is no file")
         try:
-            image = ImageOps.exif_transpose(Image.open(path, formats=FORMATS))
+            known = [name for name in FORMATS if name in Image.OPEN]
+            image = ImageOps.exif_transpose(Image.open(path, formats=known))
             if image.mode == "F" or image.mode.startswith("I"):  # convert() would cut them to 8 bits
                 raise ValueError("its pixels have more than 8 bits")
             images.append(ImageOps.fit(image.convert("RGB"), (32, 32)))

@@ -241,9 +241,8 @@ def command(argv):
     if args.out:  # now, rather than after minutes of measuring
         try:
             checkpoints.check_not_in_the_way(args.out)
-            if not os.path.exists(f"{args.out}.tmp"):
-                open(f"{args.out}.tmp", "xb").close()
-                os.unlink(f"{args.out}.tmp")
+            open(f"{args.out}.tmp", "xb").close()
+            os.unlink(f"{args.out}.tmp")
         except OSError as error:
             raise ValueError(f"--out {args.out} can't be written ({error}): name another file") from None
     own = ["--data-dir", args.data_dir, "--device", args.device]

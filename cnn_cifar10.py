@@ -147,7 +147,10 @@ class CNN(nn.Module):
 
 def integers(text: str) -> tuple[int, ...]:
     """argparse type: '64,256,256' -> (64, 256, 256)."""
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be whole numbers, as in 64,256,256") from None
 
 
 def add_args(parser):

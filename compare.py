@@ -51,7 +51,8 @@ def make_parser():
         epilog="Every other flag is one of train.py, and holds for all variants.",
     )
     flag = parser.add_argument
-    flag("--vary", action="append", default=[], metavar="FLAG=A,B", help="a grid; A;B where values have commas")
+    grid = 'a grid; on,off for a switch; where values have commas: "hidden=64;32,32"'
+    flag("--vary", action="append", default=[], metavar="FLAG=A,B", help=grid)
     flag("--case", action="append", default=[], metavar='"NAME: FLAGS"', help="a variant by name; repeatable")
     flag("--runs", type=int, default=1, metavar="N", help="seeds of each variant (%(default)s)")
     flag("--seed", type=int, default=0, metavar="N", help="the first of them (%(default)s)")
@@ -90,7 +91,8 @@ def variants_of(own):
         variants.append((name.strip(), arguments.split_flags(flags)))
     for name, _ in variants:
         if len(name.encode()) > LONGEST_NAME:
-            raise ValueError(f"{name} is too long for a variant's name, of at most {LONGEST_NAME} bytes: give --case")
+            rule = f"too long for the name of a variant, of at most {LONGEST_NAME} bytes"
+            raise ValueError(f"{name} is {rule}: choose a shorter one, with --case")
     if len(variants) < 2:
         raise ValueError("there is nothing to compare: give --vary FLAG=A,B, or two or more --case")
     if len({folder_name(name).lower() for name, _ in variants}) < len(variants):
@@ -145,8 +147,7 @@ def run_all(variants, runs, check_not_moved):
     own_set = None  # where no --data is given: the set that the first run has found, or fallen back to
     for done, (name, args) in enumerate(runs, start=1):
         check_not_moved()
-        data_given = "data" in args.given
-        if own_set and not data_given:
+        if own_set and "data" not in args.given:
             args = arguments.changed(args, data=own_set, given=args.given | {"data"})
         start = time.perf_counter()
         finished_before = arguments.ended(Path(args.out))
@@ -160,8 +161,10 @@ def run_all(variants, runs, check_not_moved):
         else:
             # Folder, data and device as they are now: they may have been moved since it was written.
             results[name].append(result | {"args": vars(args)})
-            if not data_given:
-                own_set = result["args"]["data"]
+            if not own_set and result["args"]["data"] != args.data:
+                note = f"note: {args.data} isn't available, the others train on {result['args']['data']}, too"
+                run_folder.print_line(f"{note}: {args.out}/log.txt says why")
+            own_set = own_set or result["args"]["data"]
             said = f"val acc {result['best_val_acc']:.4f}"
         line = f"{done}/{len(runs)}  {name}, seed {args.seed}: {said}, {seconds:.1f} s"
         if not finished_before:

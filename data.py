@@ -9,6 +9,7 @@
 Needs torch, and Pillow and numpy for folders, torchvision for the sets that it downloads.
 """
 
+import argparse
 import contextlib
 import hashlib
 import math
@@ -90,7 +91,8 @@ def load(name, data_dir="data", *, img_size: int | None = None, fallback=False, 
             return dataset
     if not Path(name).is_dir():
         known = ", ".join(NAMES)
-        raise ValueError(f"data {name} is unknown: choose {known} or a folder that holds train/<class>/*")
+        rule = f"choose {known}, or a folder that holds train/<class>/* and test/<class>/*"
+        raise ValueError(f"data {name} is no folder and no known set: {rule}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # of large or half transparent images, which it reads
         return _from_folder(Path(name), Path(data_dir), img_size, read_only)
@@ -366,7 +368,8 @@ def _images_by_class(folder, classes, others):
             others.append(entry.path)
             continue
         if entry.name not in classes:
-            raise ValueError(f"{entry.path} is a class that {folder.parent / 'train'} lacks, which names all classes")
+            rule = f"a class without a folder in {folder.parent / 'train'}"
+            raise ValueError(f"{entry.path} is {rule}: add one there, or remove this one")
         inside = list(images_below(entry.path, others))
         if folder.name == "train" and not inside:
             raise ValueError(f"{entry.path} holds no images: add some, or remove the class")
@@ -426,9 +429,9 @@ def _read_cache(cache, fingerprint):
     if os.path.isfile(cache):
         with contextlib.suppress(Exception):  # whatever a damaged file makes torch raise
             content = dict(torch.load(cache, mmap=True, weights_only=True))
-            checksum = zlib.crc32(content["images"].numpy())
-            if (content["fingerprint"], content["checksum"]) == (fingerprint, checksum):
-                return content["images"].clone()  # out of the mapped file, which may change
+            images = content["images"].clone()  # out of the mapped file, which may change
+            if (content["fingerprint"], content["checksum"]) == (fingerprint, zlib.crc32(images.numpy())):
+                return images
     return None
 
 
@@ -583,7 +586,10 @@ def _draw(labels, generator):
 
 def channels(text: str) -> tuple[float, ...]:
     """argparse type: '0.5' -> (0.5,), '0.5,0.4,0.3' -> (0.5, 0.4, 0.3)."""
-    return tuple(float(number) for number in text.split(","))
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be a number, or one a channel, as in 0.5,0.5,0.5") from None
 
 
 def add_args(parser) -> None:

@@ -98,10 +98,8 @@ def normalisation(run, earlier):
 
 
 def hashes(images):
-    """A 64-bit number for each uint8 image (n, channels, size, size) -> int64 (n,), equal for equal pixels."""
-    weights = torch.randint(-(2**62), 2**62, (images.shape[1:].numel(),), generator=augment.seeded("hash"))
-    parts = images.cpu().split(max(1, 2**23 // len(weights)))  # to save memory: as int64 they take eight times as much
-    return torch.cat([(some.flatten(1).long() * weights).sum(1) for some in parts])
+    """A number for each image, equal for equal pixels."""
+    return [hash(image.tobytes()) for image in images.cpu().numpy()]
 
 
 def overlap(run, earlier):
@@ -109,8 +107,10 @@ def overlap(run, earlier):
     training = hashes(run.train_set.images)
     validation = hashes(run.val_set.images)
     test = hashes(run.dataset.test.images)
-    in_val = torch.isin(validation, training).sum().item()
-    in_test = torch.isin(test, torch.cat([training, validation])).sum().item()
+    known = set(training)
+    in_val = sum(number in known for number in validation)
+    known.update(validation)
+    in_test = sum(number in known for number in test)
     found = f"{in_val} of {len(validation):,} validation images are training images too, "
     found += f"{in_test} of {len(test):,} test images are training or validation images"
     passed = in_val <= len(validation) / 1000 and in_test <= len(test) / 1000
@@ -171,7 +171,7 @@ def overfit_a_batch(run, earlier):
         accuracy = correct / count
     earlier.update(trained=trial.model, reached=reached)
     found = f"{accuracy:.0%} of {len(answers)} images learned in 40 steps"
-    return accuracy > 0.7, found, "see what keeps the images from the logits, or lower --dropout"
+    return accuracy > 0.7, found, "see what keeps the images from the logits, or lower --dropout (mlp, vit)"
 
 
 def gradients(run, earlier):
@@ -182,7 +182,7 @@ def gradients(run, earlier):
     frozen.update(getattr(run.model, "fixed", ()))
     wanted = {name: p for name, p in parameters.items() if name not in frozen}
     still = [name for name, p in wanted.items() if name not in earlier["reached"] or id(p) not in held]
-    found = f"{len(wanted) - len(still)} of {len(wanted)} parameters learn"
+    found = f"{len(wanted) - len(still)} of {len(wanted)} weight tensors learn"
     if frozen:
         found += f" ({len(frozen)} frozen)"
     if still:
@@ -205,8 +205,8 @@ def schedule(run, earlier):
     """The learning rate comes up to --lr, and ends at its lowest after that."""
     lr = run.args.lr
     values, epochs, peak = lr_curve(run)
-    found = f"learning rate {lr * values[0]:.2g} at first, {lr * values[peak]:.2g} from epoch {epochs[peak]:.3g} on, "
-    found += f"{lr * values[-1]:.2g} at last"
+    found = f"learning rate {lr * values[0]:.2g} at first, {lr * values[peak]:.2g}, the highest, at epoch "
+    found += f"{epochs[peak]:.3g}, {lr * values[-1]:.2g} at last"
     ends_low = run.args.sched == "restarts" or values[-1] <= 1.01 * min(values[peak:]) + 1e-6
     return values[peak] > 0.5 and ends_low, found, "make --warmup-epochs and --t-max fit --epochs"
 
@@ -248,7 +248,8 @@ def check(run):
 
 
 def find_lr(run):
-    """The learning-rate range test (arXiv:1506.01186): each step at a higher one, until the smoothed loss has doubled.
+    """The learning-rate range test (arXiv:1506.01186): each step at a higher one, until the smoothed loss has doubled,
+    after five steps at least.
 
     The model is left as it is. Returns the learning rates, the smoothed losses and the suggestion: the geometric mean
     of the learning rate at which the loss falls fastest and a tenth of the one at which it is lowest. Raises ValueError
@@ -279,8 +280,9 @@ def find_lr(run):
 def suggest(run, path):
     """Print the range test's suggestion and plot it."""
     lrs, smooth, suggestion = find_lr(run)
-    lowest = lrs[smooth.index(min(smooth))]
-    fall = 1 - min(smooth) / smooth[0]
+    least = min(smooth[FEW - 1 :])
+    lowest = lrs[smooth.index(least, FEW - 1)]
+    fall = max(0.0, 1 - least / smooth[0])
     errors.show(f"try --lr {suggestion:.1g} (the loss fell by {fall:.0%} and was lowest at {lowest:.2g})")
     if fall < 0.05:
         errors.show("That is little to judge by: compare short runs with learning rates around it.")
@@ -293,7 +295,7 @@ def suggest(run, path):
     axis.semilogx(lrs, smooth, color="#0072B2")
     axis.xaxis.set_major_formatter(lambda lr, _: f"{lr:g}")  # the default is TeX, which report.save turns off
     axis.axvline(suggestion, color="#D55E00", linestyle="--", label=f"suggestion {suggestion:.1g}")
-    axis.set(xlabel="learning rate", ylabel="training loss, smoothed", ylim=(0, 1.5 * smooth[0]))
+    axis.set(xlabel="learning rate", ylabel="training loss, smoothed", ylim=(0, 1.5 * max(smooth[:FEW])))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     report.save(figure, path)

@@ -92,7 +92,10 @@ def widths(text: str) -> tuple[int, ...]:
     """argparse type: '256,128,64' -> (256, 128, 64), 'none' -> ()."""
     if text == "none":
         return ()
-    return tuple(int(width) for width in text.split(","))
+    try:
+        return tuple(int(width) for width in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be whole numbers, as in 256,128, or none") from None
 
 
 def add_args(parser):

@@ -222,28 +222,37 @@ def options_of(opt: str) -> set[str]:
 
 def add_args(parser):
     flag = parser.add_argument
-    flag("--lr", type=float, metavar="X", help="learning rate at the schedule's peak (depends on --opt and the model)")
-    flag("--weight-decay", type=float, default=0.0, metavar="X", help="(depends on --opt and the model)")
+    flag("--lr", type=float, metavar="X", help="highest learning rate (%(default)s for the model's own --opt)")
+    flag("--weight-decay", type=float, default=0.0, metavar="X", help="(%(default)s for the model's own --opt)")
     everything = "decay biases, norms, tokens and positions too, not matrices alone (%(default)s)"
     flag("--decay-all", action=argparse.BooleanOptionalAction, default=False, help=everything)
-    flag("--layer-decay", type=float, default=1.0, metavar="X", help="layer-wise learning-rate decay (%(default)s)")
-    scaling = "multiply the learning rate of PREFIX by X; repeatable"
+    by_layer = "a layer's learning rate is X times that of the one above (%(default)s)"
+    flag("--layer-decay", type=float, default=1.0, metavar="X", help=by_layer)
+    scaling = "multiply the learning rate of layers, named as in the log's first lines, as head=0.1; repeatable"
     flag("--lr-scale", type=scale, action="append", default=[], metavar="PREFIX=X", help=scaling)
     flag("--momentum", type=float, default=0.0, metavar="X", help="sgd, rmsprop, muon (sgd 0.9, muon 0.95)")
-    flag("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="sgd: Nesterov momentum")
-    flag("--opt-betas", type=pair, default=(0.9, 0.999), metavar="B,B", help="the adam family, muon (%(default)s)")
+    nesterov = "sgd: Nesterov momentum (%(default)s)"
+    flag("--nesterov", action=argparse.BooleanOptionalAction, default=False, help=nesterov)
+    betas = "of the adam family, muon: %(default)s"
+    flag("--opt-betas", type=pair, default=(0.9, 0.999), metavar="B,B", help=betas)
 
 
 def pair(text: str) -> tuple[float, float]:
     """argparse type: '0.9,0.95' -> (0.9, 0.95)."""
-    first, second = text.split(",")
-    return float(first), float(second)
+    try:
+        first, second = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be two numbers, as in 0.9,0.95") from None
+    return first, second
 
 
 def scale(text: str) -> tuple[str, float]:
     """argparse type: 'head=0.1' -> ("head", 0.1)."""
     prefix, _, multiplier = text.rpartition("=")
-    return prefix, float(multiplier)
+    try:
+        return prefix, float(multiplier if prefix else "")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be a layer's name and a number, as in head=0.1") from None
 
 
 def layers(model: torch.nn.Module) -> dict[str, int]:

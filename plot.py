@@ -101,7 +101,8 @@ def with_metrics(folders):
         runs += seeds or [folder]
     found = [run for run in runs if (run / "metrics.csv").is_file()]
     if not found:
-        raise ValueError(f"{runs[0]}/metrics.csv doesn't exist: name the folders of runs")
+        rule = "name the folders of runs, in a comparison's folder runs/opts/*"
+        raise ValueError(f"{runs[0]}/metrics.csv doesn't exist: {rule}")
     for run in runs:
         if run not in found:
             with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or None

@@ -117,7 +117,7 @@ def find(paths):
         if path.is_dir():
             found = [Path(inside) for inside in data.images_below(path, others)]
             if not found:
-                raise ValueError(f"{path} holds no images: expected *.jpg, *.png, ... at any depth")
+                raise ValueError(f"there are no images in {path}: expected *.jpg, *.png, ... at any depth")
             files += found
         elif path.is_file():
             files.append(path)
@@ -343,10 +343,13 @@ def export(args, checkpoint, model, device):
         raise ValueError(f"--export {path} can't be written or read again ({str(error)[:200]})") from None
     finally:
         temporary.unlink(missing_ok=True)
-    errors.show(f"wrote {path}: images, float32 (batch, {', '.join(map(str, shape))}), each pixel / 255 less")
-    errors.show(f"mean {tuple(checkpoint['mean'])} over std {tuple(checkpoint['std'])},")
-    outputs = f"logits (batch, {len(checkpoint['classes'])})"
-    errors.show(f"-> {outputs}; it differs from the model by {worst:.1g} on random images")
+    sizes = ", ".join(map(str, shape))
+    errors.show(f"wrote {path}; it differs from the model by {worst:.1g} on random images")
+    errors.show(f"takes images, float32 (batch, {sizes}), (pixel / 255 - mean) / std")
+    errors.show(f"of mean {tuple(checkpoint['mean'])}, std {tuple(checkpoint['std'])}")
+    errors.show(f"gives logits, (batch, {len(checkpoint['classes'])})")
+    if path.suffix == ".pt2":
+        errors.show(f"to load it: torch.export.load({str(path)!r}).module()")
 
 
 def write_program(model, path, shape):

@@ -198,7 +198,10 @@ def schedule(
 
 def numbers(text: str) -> tuple[float, ...]:
     """argparse type: '30,80' -> (30.0, 80.0)."""
-    return tuple(float(number) for number in text.split(","))
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be numbers, as in 30,80") from None
 
 
 def add_args(parser):

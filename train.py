@@ -48,7 +48,7 @@ class Run:
     """What a run is made of, built by prepare(). No field is reassigned later; weights and states change in place."""
 
     args: argparse.Namespace
-    dataset: data.Dataset  # name, classes, mean, std; .train, before it is split; .test, which finish() alone reads
+    dataset: data.Dataset  # name, classes, mean, std; .train, before it is split; .test, which finish() alone evaluates
     train_set: data.Split  # images, uint8 (n, channels, size, size), and labels, int64 (n,)
     val_set: data.Split  # chooses the best epoch
     device: torch.device
@@ -101,6 +101,7 @@ class Progress:
     """How far a run has come. last.pt holds it, along with the weights, the state of the optimizer and the like."""
 
     totals: torch.Tensor  # since the last row of history: sum of losses, correct predictions, images
+    init: int = 0  # a checksum of --init's weights
     step: int = 0
     history: list = field(default_factory=list)  # a dict per epoch: the rows of metrics.csv
     seconds: float = 0.0  # of training since the last row of history
@@ -285,6 +286,8 @@ def train_until(run, epoch_end, progress, folder, signals, take_step):
         progress.seconds += time.perf_counter() - start
         if not math.isfinite(loss_sum):
             raise errors.Diverged(f"the training loss is {loss_sum}", progress.step, args.lr * multiplier)
+        if run.scaler.get_scale() < 1e-30:  # halved in every step so far
+            raise errors.Diverged("no gradient is finite", progress.step, args.lr * multiplier)
         if log:
             folder.log(f"  step {progress.step:,} of {run.total_steps:,}  train loss {loss_sum / seen:.4f}")
         if (save or stop) and progress.step < epoch_end:  # at the end finish_epoch saves
@@ -307,8 +310,7 @@ def finish_epoch(run, progress, folder):
         val_loss, val_acc = score(run, run.val_set)
         if not math.isfinite(val_loss):
             raise errors.Diverged(f"the validation loss is {val_loss}", progress.step, lr)
-    else:
-        check_finite(run, progress, lr)  # there is no validation loss to tell
+    check_finite(run, progress, lr)
     row = {
         "epoch": len(history) + 1,
         "step": progress.step,
@@ -339,8 +341,9 @@ def finish_epoch(run, progress, folder):
 
 
 def check_finite(run, progress, lr):
-    """Raise Diverged for weights that nothing can go on from: the last step's loss was computed before it."""
-    if not all(weight.isfinite().all() for weight in run.eval_model.parameters()):
+    """Raise Diverged for weights or statistics that nothing can go on from, while the losses are finite."""
+    finite = torch.stack([tensor.isfinite().all() for tensor in run.eval_model.state_dict().values()]).all().item()
+    if distributed.all_max(int(not finite)):  # statistics may differ between the processes
         raise errors.Diverged("a weight is not finite", progress.step, lr)
 
 
@@ -376,9 +379,7 @@ def finish(run, progress, folder, stopped):
         folder.log(f"{stopped}: the result is epoch {best['epoch']} ({chosen_as})")
         if not args.no_test:
             folder.check_not_moved()
-            content = distributed.on_main(lambda: checkpoints.load(folder.path / "best.pt"))
-            if str(content["metrics"]) != str(best):  # as text: NaN isn't equal to itself
-                raise errors.Failed(f"{folder.path / 'best.pt'} was replaced: it isn't the best epoch of this run")
+            content = distributed.on_main(lambda: load_best(folder.path / "best.pt", best))
             run.eval_model.load_state_dict(content["state_dict"])
             test_loss, test_acc = score(run, run.dataset.test)
             if math.isfinite(test_loss):
@@ -395,6 +396,14 @@ def finish(run, progress, folder, stopped):
     return result
 
 
+def load_best(path, best):
+    """Load best.pt. Raises ValueError if it isn't that of `best`, a row of the history of process 0."""
+    content = checkpoints.load(path)
+    if str(content["metrics"]) != str(best):  # as text: NaN isn't equal to itself
+        raise ValueError(f"{path} was replaced: it isn't the best epoch of this run")
+    return content
+
+
 # ---------------------------------------------------------------------------------------------- the command line
 
 
@@ -402,7 +411,8 @@ def run_once(args, checkpoint=None):
     """One run, from its arguments to its result. Returns (what result.json holds, exit status)."""
     with checkpoints.blaming(args.resume):  # the run hasn't begun: an error is wrong input, here exit status 2
         run = prepare(args)
-        progress = Progress(devices.zero_totals(run.device))
+        init = models.fingerprint(args.init) if args.init and not args.resume else 0
+        progress = Progress(devices.zero_totals(run.device), init)
         if checkpoint:
             saving.restore(run, progress, checkpoint)
         folder = saving.folder_of_run(run, progress, find_best(run.args, progress.history))

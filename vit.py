@@ -211,9 +211,9 @@ class ViT(nn.Module):
         for size, patch in zip(self.image_size, self.patch_size, strict=True):
             if patch < 1 or size % patch:
                 fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-                raise ValueError(f"patch_size {patch} must divide image_size {size}: try {fitting}")
+                raise ValueError(f"patch_size {patch} must divide image_size {size}: try {fitting}, or other images")
         if args["dim_head"] is None and args["dim"] % args["heads"]:
-            fitting = ", ".join(str(n) for n in range(1, min(args["dim"], 33)) if args["dim"] % n == 0)
+            fitting = ", ".join(str(n) for n in range(1, min(args["dim"], 32) + 1) if args["dim"] % n == 0)
             raise ValueError(f"heads {args['heads']} must divide dim {args['dim']}: try {fitting}")
         for name, known in (("pool", POOLS), ("stem", STEMS)):
             if args[name] not in known:

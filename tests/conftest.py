@@ -25,6 +25,8 @@ from utils import build, checkpoints, devices, evaluation
 HERE = Path(__file__).parent.parent
 
 
+for variable in ("RANK", "WORLD_SIZE", "PYTHONOPTIMIZE", "PYTHONDEVMODE"):  # of a batch system, of the user
+    os.environ.pop(variable, None)
 torch.set_num_threads(1)  # the models are small: a second thread would mostly wait
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with these ignored,
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and the runs of tests would ignore them, too

@@ -306,7 +306,8 @@ def test_no_dead_flag(tiny, monkeypatch, capsys):
         if line not in ran:
             saved.clear()
             compiled.clear()
-            shutil.rmtree("runs", ignore_errors=True)
+            for made in ("runs", "data", "elsewhere"):
+                shutil.rmtree(made, ignore_errors=True)
             words = line.split()
             if "--model cnn" in line or "--model vit" in line:
                 words = [w for i, w in enumerate(words) if w != "--hidden" and words[i - 1] != "--hidden"]

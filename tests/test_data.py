@@ -289,7 +289,7 @@ def test_read_only_writes_nothing(no_network, tmp_path):
 
 def test_a_name_that_is_not_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"^data nowhere is unknown: choose cifar10, .*, shapes or a folder"):
+    with pytest.raises(ValueError, match=r"^data nowhere is no folder and no known set: .*, shapes, or a folder"):
         data.load("nowhere")
 
 

@@ -130,7 +130,7 @@ def test_diagnose_knows_what_is_frozen_on_purpose(flags, frozen, tiny, monkeypat
     plant_in_data(monkeypatch, middling, lambda data: None)
     diagnosed("--model", "cnn", "--widths", "16,16", "--data", "shapes", *flags.split())
     said = capsys.readouterr().out
-    assert f"parameters learn ({frozen} frozen)" in said and "gradients" not in failed_checks(said), said
+    assert f"weight tensors learn ({frozen} frozen)" in said and "gradients" not in failed_checks(said), said
 
 
 def test_diagnose_of_few_images_says_that_they_are_few(tiny, capsys):

@@ -86,9 +86,7 @@ TWO = "--hidden 32 --data shapes --limit 1000 --batch-size 100 --epochs 4 --save
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_process_that_dies_ends_the_run_or_starts_it_anew(restarts, tmp_path):
     (tmp_path / "dying.py").write_text(DYING)
-    start = time.perf_counter()
     done = torchrun(2, "dying.py", *TWO, cwd=tmp_path, restarts=restarts)
-    assert time.perf_counter() - start < 60
     assert "train.py: error: process 0 stops" in done.stderr
     last = checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)
     assert (done.returncode == 0) == bool(restarts) and last["epoch"] == (4 if restarts else 2)
@@ -121,7 +119,11 @@ def test_machines_start_anew_together(tmp_path):
     env = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     output = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     agents = [subprocess.Popen([*command, "dying.py", *TWO], cwd=tmp_path, env=env, **output) for _ in range(2)]
-    said = "".join(agent.communicate(timeout=120)[1] for agent in agents)
+    try:
+        said = "".join(agent.communicate(timeout=240)[1] for agent in agents)
+    finally:
+        for agent in agents:
+            agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert "process 0 stops" in said
     assert checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)["epoch"] == 4
@@ -287,14 +289,30 @@ def test_a_process_that_waits_for_the_others_can_be_ended(number, tmp_path):
         port = free.getsockname()[1]
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     process = subprocess.Popen([sys.executable, HERE / "train.py"], env=env, cwd=tmp_path, stderr=subprocess.PIPE)
-    for _ in range(600):  # until it listens
-        time.sleep(0.1)
-        with socket.socket() as caller:
-            if caller.connect_ex(("127.0.0.1", port)) == 0:
-                break
-    else:
-        pytest.fail("it never listened")
-    time.sleep(0.5)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=20)
+    try:
+        for _ in range(600):  # until it listens
+            time.sleep(0.1)
+            with socket.socket() as caller:
+                if caller.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+        else:
+            pytest.fail("it never listened")
+        time.sleep(0.5)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == -number and said == b""
+
+
+def test_a_process_may_have_other_seconds_in_its_history_than_process_0(tiny, monkeypatch):
+    real = distributed.on_main
+
+    def on_main(function):
+        result = real(function)
+        if isinstance(result, dict) and "metrics" in result:  # best.pt, as process 0 has loaded it
+            result["metrics"]["seconds"] += 1.0
+        return result
+
+    monkeypatch.setattr(distributed, "on_main", on_main)
+    assert call(*TINY_MLP, "--out", "run") == 0

@@ -2,15 +2,21 @@
 
 import json
 import re
+import shutil
+import types
+from pathlib import Path
 
 import pytest
-from conftest import HERE
+import torch
+from conftest import HERE, TINY, TINY_MLP, call, count, weights, write_folder
 
 import bench
 import compare
 import diagnose
+import losses
+import mlp_mnist
 import predict
-from utils import arguments
+from utils import arguments, checkpoints, devices, models
 
 RESULTS = HERE / "results"
 DATASETS = {"cifar10-images": "CIFAR-10 as JPEG", "mnist": "MNIST", "shapes": "`shapes`"}
@@ -171,3 +177,64 @@ def test_every_lesson_has_its_table_its_plot_and_its_command():
         assert content["seeds"] == list(range(own.runs)) and content["test"] == own.test, name
         # CIFAR-10 as JPEG was named on the command line, behind the lesson's own flags.
         assert content["flags"] in (rest, [*rest, "--data", "data/cifar10-images"]), name
+
+
+# ---------------------------------------------------------------------------------------------- promises of README.md
+
+
+CHOOSE_DEVICE = devices.choose_device  # the real one: in tests auto is the CPU
+SMALL_VIT = "--model vit --dim 16 --depth 2 --heads 2 --mlp-dim 16".split()
+
+
+def test_the_program_of_the_front_page_runs(tiny):
+    assert call(*SMALL_VIT, *TINY, "--out", "run") == 0
+    shutil.copy("run/best.pt", "best.pt")
+    (code,) = re.findall(r"```python\n(.*?)```", readme(), re.S)
+    names = {}
+    exec(code, names)
+    assert names["logits"].shape == (8, 10)
+
+
+def test_the_fine_tuning_of_the_front_page_leaves_the_lowest_layers_as_they_are(tiny):
+    (line,) = [line for line in commands(readme()) if "--init" in line]
+    argv = arguments.split_flags(line)[2:]
+    (pretrained,) = [word for word in argv if word.endswith("best.pt")]
+    assert call(*SMALL_VIT, *TINY, "--out", Path(pretrained).parent) == 0
+    write_folder(tiny / "path/to/images", (32, 32), train_count=20)
+    assert call(*argv, "--epochs", 1, "--batch-size", 8, "--device", "cpu", "--out", "tuned") == 0
+    before, after = weights(pretrained), weights("tuned/best.pt")
+    same = {name for name in before if not name.startswith("head") and torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith(("patch_embedding", "blocks.0."))}
+
+
+def test_the_defaults_and_the_log_of_the_front_page_are_those_of_the_code():
+    defaults = arguments.plain(arguments.parse(["--model", "vit"])[0])
+    assert defaults == arguments.plain(arguments.parse("--model vit --opt adamw --sched cosine".split())[0])
+    args, _ = arguments.parse(["--model", "mlp"])
+    model = mlp_mnist.build(args, image_size=28, channels=1, num_classes=10)
+    line = f"mlp: {count(model):,} parameters; {args.opt}, {args.sched}, {args.epochs:g} epochs, "
+    assert f"{line}batches of {args.batch_size}" in readme()
+
+
+@pytest.mark.parametrize("cuda, mps, chosen", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_a_gpu_is_used_if_there_is_one(cuda, mps, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.mps, "is_available", lambda: mps)
+    assert CHOOSE_DEVICE("auto").type == chosen
+
+
+def test_a_model_and_a_loss_are_added_by_their_names(tiny, monkeypatch):
+    class Mine(mlp_mnist.MLP):
+        pass
+
+    def build(args, **sizes):
+        return Mine(hidden=args.hidden, **sizes)
+
+    mine = types.SimpleNamespace(RECIPE=mlp_mnist.RECIPE, add_args=mlp_mnist.add_args, build=build)
+    monkeypatch.setitem(models.MODELS, "mine", mine)
+    monkeypatch.setitem(models.CLASSES, "mine", Mine)
+    monkeypatch.setitem(losses.LOSSES, "twice", lambda *rest: 2 * losses.mse(*rest))
+    assert call(*TINY_MLP, "--model", "mine", "--loss", "ce+0.5*twice", "--out", "run") == 0
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 0
+    assert call("--eval", "run/best.pt", "--device", "cpu") == 0
+    assert isinstance(models.rebuild(checkpoints.load("run/best.pt")), Mine)

@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+import errno
 import json
 import os
+import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -466,10 +469,9 @@ def test_a_run_that_was_killed_in_its_first_epoch_starts_again_by_the_same_comma
         halt(patch, 1, killed=True)
         call(*TINY_MLP, "--out", "run")
     assert [path.name for path in Path("run").iterdir()] == ["log.txt"]
-    monkeypatch.setattr(arguments, "typed", lambda: "python train.py --another run")
-    assert call(*TINY_MLP, "--out", "run") == 2
-    monkeypatch.undo()
-    monkeypatch.chdir(tiny)
+    with monkeypatch.context() as patch:
+        patch.setattr(arguments, "typed", lambda: "python train.py --another run")
+        assert call(*TINY_MLP, "--out", "run") == 2
     assert call(*TINY_MLP, "--out", "run") == 0
 
 
@@ -526,7 +528,8 @@ def test_a_terminal_that_goes_away_does_not_end_training(tmp_path):
 
 @pytest.mark.slow
 def test_closed_standard_streams(tmp_path):
-    command = f"exec {sys.executable} {HERE / 'train.py'} {' '.join(TINY_MLP)} --out run >&- 2>&-"
+    command = shlex.join([sys.executable, str(HERE / "train.py"), *TINY_MLP, "--out", "run"])
+    command = f"exec {command} >&- 2>&-"
     env = os.environ | dict(OMP_NUM_THREADS="1")
     assert subprocess.run(["sh", "-c", command], cwd=tmp_path, env=env, timeout=120).returncode == 0
     assert (tmp_path / "run" / "result.json").exists()
@@ -731,9 +734,12 @@ def test_ctrl_c_during_the_imports_is_no_traceback(command, tmp_path):
         (tmp_path / part).write_text("import torch\n")
     code = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); runpy.run_path({command!r}, run_name='__main__')"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == b"importing\n"
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    try:
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == -signal.SIGINT and said == b""
 
 
@@ -1451,13 +1457,15 @@ def test_seeds_that_started_from_another_file_are_not_averaged(flag, tiny, monke
     with monkeypatch.context() as patch:
         halt(patch, 4)  # in the second
         assert call(*flags) == 130
-    info = os.stat("before/best.pt")
-    os.utime("before/best.pt", (time.time() + 10, time.time() + 10))
+    os.rename("before", "kept")
+    assert call(*TINY_MLP, "--seed", 1, "--out", "before") == 0
     capsys.readouterr()
     assert call(*flags) == 2
-    one_line(capsys, f"{flag} before/best.pt was written after the runs in --out many")
-    os.utime("before/best.pt", (info.st_atime, info.st_mtime))
+    one_line(capsys, f"{flag} before/best.pt has changed since the runs in --out many")
+    shutil.rmtree("before")
+    shutil.copytree("kept", "before")
     assert call(*flags) == 0
+    assert json.loads(Path("many/result.json").read_text())["n"] == 2
 
 
 def test_weights_that_are_not_finite_replace_no_last_pt(tiny, capsys):
@@ -1666,3 +1674,94 @@ def test_a_benchmark_removes_no_file_of_the_user(tiny, capsys):
     Path("b.json.tmp").write_text("mine")
     assert bench.main(["--out", "b.json", "--device", "nowhere"]) == 2
     assert Path("b.json.tmp").read_text() == "mine"
+
+
+def test_a_log_that_cannot_be_written_hides_no_failure_and_frees_the_folder(tiny):
+    folder = run_folder.open_folder("run", "run")
+    folder.file.close()
+    folder.file = open("/dev/full", "w", buffering=1)
+    with pytest.raises(errors.Failed, match="the reason"), folder:
+        raise errors.Failed("the reason")
+    run_folder.open_folder("run", "run").close()
+
+
+def test_signals_that_are_ignored_stay_ignored_after_another_one(monkeypatch):
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with errors.caught_signals() as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert caught == [signal.SIGTERM] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+def test_statistics_that_are_not_finite_replace_no_last_pt(tiny, monkeypatch, capsys):
+    real = train.train_step
+
+    def train_step(run, *args):
+        totals = real(run, *args)
+        if run.optimizer.param_groups[0]["lr"] < 5e-4:  # in the second epoch
+            norm = next(m for m in run.model.modules() if isinstance(m, torch.nn.BatchNorm1d))
+            norm.running_var.fill_(float("inf"))  # the loss stays finite: its outputs are 0
+        return totals
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    assert call(*TINY_MLP, "--epochs", 2, "--warmup-epochs", 0, "--out", "run") == 1
+    assert "a weight is not finite" in capsys.readouterr().out
+    assert last()["epoch"] == checkpoints.load("run/best.pt")["epoch"] == 1
+
+
+def test_a_file_system_that_syncs_no_folders_will_do(tiny, monkeypatch):
+    real = os.fsync
+
+    def fsync(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert call(*TINY_MLP, "--out", "run") == 0
+
+
+def test_gradients_that_are_never_finite_end_the_run(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 0.0)
+    assert call(*TINY_MLP, "--out", "run") == 1
+    assert "no gradient is finite by step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, rule",
+    [
+        ("--opt-betas 0.9", "--opt-betas: 0.9 must be two numbers, as in 0.9,0.95"),
+        ("--lr-scale 0.1", "--lr-scale: 0.1 must be a layer's name and a number, as in head=0.1"),
+        ("--milestones 1,x --sched multistep", "--milestones: 1,x must be numbers, as in 30,80"),
+        ("--mean a", "--mean: a must be a number, or one a channel, as in 0.5,0.5,0.5"),
+        ("--hidden 1,,2", "--hidden: 1,,2 must be whole numbers, as in 256,128, or none"),
+        ("--model cnn --widths 1.5", "--widths: 1.5 must be whole numbers, as in 64,256,256"),
+        (
+            "--patch-size 8",
+            "--patch-size 8: see train.py --help; a model's own flags need --model",
+        ),
+        ("--data nowhere --img-size 8", "--data nowhere is no folder and no known set: choose cifar10, "),
+        ("--model vit --dim 1", "--heads 3 must divide dim 1: try 1"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_to_type(flags, rule, tiny, capsys):
+    words = [word for word in TINY if word not in ("--data", "shapes")] if "--data" in flags else TINY
+    assert rejected(*words, *flags.split()) == 2
+    one_line(capsys, rule)
+
+
+def test_a_best_pt_is_no_place_to_go_on_from(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    capsys.readouterr()
+    assert call("--resume", "run/best.pt", "--epochs", 2) == 2
+    one_line(capsys, "run/best.pt can't be resumed, only a run's last.pt can")
+
+
+def test_a_comparison_that_falls_back_says_so(tiny, monkeypatch, capsys):
+    found(monkeypatch, [False])
+    assert compare.main([*OWN_SET, "--vary", "lr=0.1,0.01", "--test", "none", "--out", "c"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("note: mnist isn't available, the others train on shapes, too: c/lr-0.1/seed-0/log.txt") == 1

@@ -16,7 +16,7 @@ from conftest import HERE, TINY_MLP, assert_same_run, call, halt, python, same, 
 from PIL import Image
 
 import train
-from utils import budget, checkpoints, ema, models, run_folder
+from utils import budget, checkpoints, ema, errors, models, run_folder
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,12 @@ def test_the_teacher_stays_as_it_is_and_is_followed(tiny, monkeypatch, capsys):
         seen.append((model, {k: v.clone() for k, v in model.state_dict().items()}))
         return model
 
-    monkeypatch.setattr(models, "rebuild", rebuild)
-    assert call(*TINY_MLP, "--epochs", 2, "--teacher", "teacher/best.pt", "--distill", 1, "--out", "pupil") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "rebuild", rebuild)
+        assert call(*TINY_MLP, "--epochs", 2, "--teacher", "teacher/best.pt", "--distill", 1, "--out", "pupil") == 0
     ((teacher, start),) = seen
     assert not teacher.training and same(start, dict(teacher.state_dict()))
     assert Path("teacher/best.pt").read_bytes() == before
-    monkeypatch.undo()
-    monkeypatch.chdir(tiny)
     write_folder(tiny / "pets", (32, 32))
     assert call(*TINY_MLP, "--data", "pets", "--teacher", "teacher/best.pt") == 2
     assert "other classes" in capsys.readouterr().err
@@ -121,7 +120,7 @@ def test_minutes(tiny, monkeypatch, capsys):
     flags = [word for word in TINY_MLP if word not in ("--epochs", "1")]
     start = time.perf_counter()
     assert call(*flags, "--minutes", 0.08, "--batch-size", 8, "--out", "timed") == 0
-    assert 0.7 * 4.8 < time.perf_counter() - start < 1.4 * 4.8
+    assert 0.7 * 4.8 < time.perf_counter() - start < 1.6 * 4.8
     result = json.loads(Path("timed/result.json").read_text())
     assert result["stopped"] == "time budget" and result["args"]["warmup_epochs"] <= result["args"]["epochs"] / 5
     steps = checkpoints.load("timed/last.pt")["step"]
@@ -137,28 +136,41 @@ def test_minutes(tiny, monkeypatch, capsys):
 def test_sigterm_saves(tmp_path):
     command = [sys.executable, HERE / "train.py", *TINY_MLP, "--epochs", "500", "--out", "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch"):
-            process.send_signal(signal.SIGTERM)
-            break
-    assert "--resume run/last.pt" in process.stdout.read()
-    assert process.wait(timeout=60) == 143
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                process.send_signal(signal.SIGTERM)
+                break
+        assert "--resume run/last.pt" in process.stdout.read()
+        assert process.wait(timeout=60) == 143
+    finally:
+        process.kill()
     assert checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)["step"] > 0
 
 
+def test_the_signal_after_the_first_one_ends_the_process_at_once():
+    with errors.caught_signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+        assert {signal.getsignal(number) for number in errors.ending_signals()} == {signal.SIG_DFL}
+
+
 @pytest.mark.slow
-def test_a_second_signal_leaves_at_once(tmp_path):
+def test_two_signals_at_once_leave_whole_files(tmp_path):
     command = [sys.executable, HERE / "train.py", *TINY_MLP, "--epochs", "500", "--out", "run", "--save-every", "1"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch"):
-            process.send_signal(signal.SIGSTOP)  # so that both wait for it together
-            process.send_signal(signal.SIGINT)
-            process.send_signal(signal.SIGTERM)
-            process.send_signal(signal.SIGCONT)
-            break
-    process.stdout.read()
-    assert process.wait(timeout=60) in (-signal.SIGTERM, -signal.SIGINT, 130, 143)
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                process.send_signal(signal.SIGSTOP)  # so that both wait for it together
+                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGCONT)
+                break
+        process.stdout.read()
+        assert process.wait(timeout=60) in (-signal.SIGTERM, -signal.SIGINT, 130, 143)
+    finally:
+        process.kill()
     assert checkpoints.load(tmp_path / "run" / "last.pt", keys=checkpoints.RESUME_KEYS)["step"] > 0
 
 

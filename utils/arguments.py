@@ -73,6 +73,8 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def error(self, message):
+        if message.startswith("unrecognized arguments"):
+            message += f": see {self.prog} --help; a model's own flags need --model"
         super().error(errors.one_line(message))
 
 
@@ -132,7 +134,8 @@ def make_parser(model, program="train.py"):
     flag("--seed", type=int, default=0, metavar="N", help="of weights, split, order and augmentation (%(default)s)")
     flag("--runs", type=int, default=1, metavar="N", help="repeat with the next seeds, report mean and deviation (1)")
     flag("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is available")
-    flag("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision: auto is bf16 where native")
+    precision = "precision: auto is bf16 where native, fp16 on older GPUs, else off"
+    flag("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help=precision)
     compiling = "torch.compile training's forward and backward: slower to start, often faster then (%(default)s)"
     flag("--compile", action=argparse.BooleanOptionalAction, default=False, help=compiling)
     recording = "record a step as one CUDA graph and replay it (on, where that is possible)"
@@ -145,7 +148,8 @@ def make_parser(model, program="train.py"):
     flag("--no-test", action="store_true", help="leave the test set closed")
     flag("--eval", metavar="FILE", help="print the test accuracy of this checkpoint and nothing else")
     flag("--init", metavar="FILE", help="start from the weights of a checkpoint, or from those of a vit_* of timm")
-    flag("--freeze", action="append", default=[], metavar="PREFIX", help="don't train these weights; repeatable")
+    frozen = "don't train these layers, such as blocks.0; repeatable"
+    flag("--freeze", action="append", default=[], metavar="PREFIX", help=frozen)
 
     group = parser.add_argument_group("data")
     data.add_args(group)
@@ -167,8 +171,8 @@ def make_parser(model, program="train.py"):
     group = parser.add_argument_group("optimizer")
     flag = group.add_argument
     flag("--opt", choices=optimizers.OPTIMIZERS, help="(%(default)s)")
-    flag("--clip-grad", type=float, metavar="X", help="largest norm of the gradient; 0: off (%(default)s)")
-    flag("--ema", type=float, default=0.0, metavar="D", help="keep averaged weights, decay as of 0.999; 0: off")
+    flag("--clip-grad", type=float, metavar="X", help="largest norm of the gradient; 0: off (off; vit 1)")
+    flag("--ema", type=float, default=0.0, metavar="D", help="validate averaged weights, decay as in 0.999; 0: off (0)")
     optimizers.add_args(group)
     group = parser.add_argument_group("schedule")
     group.add_argument("--sched", choices=schedulers.SCHEDULES, help="(%(default)s)")
@@ -273,7 +277,8 @@ def check_resumed(resumed, defaults, actions):
     """Raise ValueError for a checkpoint's arguments that no run has."""
     if resumed.keys() != defaults.keys():
         odd = ", ".join(sorted(resumed.keys() ^ defaults.keys()))
-        raise ValueError(f"--resume holds a run of another version of train.py: they differ in {odd}")
+        remedy = "start a new run from its weights with --init"
+        raise ValueError(f"--resume holds a run of another version of train.py, which differs in {odd}: {remedy}")
     for name, default in defaults.items():
         value = resumed[name]
         if value is None and default is not None:
@@ -291,8 +296,8 @@ def reject_another_run(resumed, given):
     """Raise ValueError for flags that would make the resumed run another run."""
     for name in given.keys() - MAY_CHANGE:
         if given[name] != resumed[name]:
-            was = f"the one in --resume has {resumed[name]}"
-            raise ValueError(f"{flag_name(name)} {given[name]} would make it another run: {was}")
+            was = f"the one in --resume has {resumed[name]}: leave it out, or start a new run with --init"
+            raise ValueError(f"{flag_name(name)} {given[name]} would make it another run, {was}")
 
 
 # ---------------------------------------------------------------------------------------------- what is rejected
@@ -373,7 +378,7 @@ def check(args):
         reject_idle(args, {"mixup_off_epoch"}, "without --mixup or --cutmix")
     if args.val_split == 0:
         reject_idle(args, {"patience", "monitor", "min_delta"}, "with --val-split 0: nothing is monitored")
-    if args.data in data.NAMES or not Path(args.data).is_dir():
+    if args.data in data.NAMES:
         reject_idle(args, {"img_size"}, f"with --data {args.data}: it's for folders of images")
     check_out(args.out, args.data_dir, args.data)
     if args.runs > 1 and args.no_test and args.val_split == 0:

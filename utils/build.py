@@ -41,7 +41,8 @@ def load_data(args):
         try:
             train_set = data.limit(train_set, args.limit, args.seed)
         except ValueError as error:  # the name helps: it may be the fallback
-            raise ValueError(f"{error} of {dataset.name}") from None
+            fallback = "" if dataset.name != "shapes" else f", which stand for {args.data}: --data {args.data} says why"
+            raise ValueError(f"{error} of {dataset.name}{fallback if args.data != 'shapes' else ''}") from None
     size = dataset.train.images.shape[-1]
     if args.crop_pad >= size:
         raise ValueError(f"--crop-pad {args.crop_pad} must be less than the image's {size} pixels")

@@ -14,6 +14,7 @@ holds. So `load` takes tensors of some types only (DTYPES), contiguous, and weig
 
 import contextlib
 import copy
+import errno
 import io
 import json
 import math
@@ -108,6 +109,9 @@ def write(content: bytes, path):
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
         try:
             os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems can't do it
+                raise
         finally:
             os.close(folder)
 
@@ -205,10 +209,10 @@ def validate(path, content, keys: dict, size: int):
         raise ValueError(f"{path} is not a checkpoint of this train.py: it holds no names")
     wrong = [name for name in keys if not isinstance(content.get(name), keys[name])]
     if wrong:
-        wanted = f"it has no valid {', '.join(wrong)}"
         if keys == RESUME_KEYS and not KEYS.keys() & set(wrong):
-            wanted = "only a run's last.pt can be resumed"
-        raise ValueError(f"{path} is not a checkpoint of this train.py: {wanted}")
+            remedy = "name that, or start a new run from these weights with --init"
+            raise ValueError(f"{path} can't be resumed, only a run's last.pt can: {remedy}")
+        raise ValueError(f"{path} is not a checkpoint of this train.py: it has no valid {', '.join(wrong)}")
 
     try:
         _walk(content, size)

@@ -55,8 +55,7 @@ def one_line(text) -> str:
 
 def printable(text: str) -> str:
     """The text with control characters, except newlines, and lone surrogates escaped."""
-    text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    return text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def show(line: str):
@@ -95,15 +94,15 @@ def exit_status(program, function, *, as_flags=str):
         return 128 + stop.args[0]
     except BrokenPipeError:  # ... | head
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Failed) as error:
         complain_once(program, as_flags(str(error)))
-        return 2
-    except Failed as error:
-        complain_once(program, as_flags(str(error)))
-        return 1
+        return 1 if isinstance(error, Failed) else 2
     except Exception as error:
         if devices.is_out_of_memory(error):
-            complain(program, "out of memory: lower --batch-size, or make the model or the images smaller")
+            remedy = "lower --batch-size, or make the model or the images smaller"
+            if program in ("predict.py", "bench.py"):  # which have no such flag
+                remedy = "try --device cpu"
+            complain(program, f"out of memory: {remedy}")
             return 1
         if sys.flags.dev_mode:
             raise
@@ -200,7 +199,8 @@ def caught_signals():
         caught.append(number)
         if distributed.world_size() == 1:
             for one in ending_signals():
-                signal.signal(one, signal.SIG_DFL)
+                if signal.getsignal(one) is note:  # others are ignored, as under nohup
+                    signal.signal(one, signal.SIG_DFL)
 
     with signal_handler(note):
         yield caught

@@ -72,14 +72,22 @@ def read_init(path, model: str) -> dict:
     return {"model_args": model_args, "state_dict": state, "classes": None}
 
 
+def fingerprint(path) -> int:
+    """A checksum of the weights in a file for --init or --teacher."""
+    content = checkpoints.load(path, keys={})
+    weights = content.get("state_dict", content)
+    return checkpoints.fingerprint(*(value for value in weights.values() if isinstance(value, torch.Tensor)))
+
+
 def check_same_kind(checkpoint: dict, path, classes: list, images: torch.Tensor):
     """Raise ValueError unless a checkpoint's model was trained on these classes and on images of this shape."""
     size, channels = checkpoint["image_size"], checkpoint["channels"]
     if checkpoint["classes"] != list(classes):
-        raise ValueError(f"{path} knows other classes: {few(checkpoint['classes'])}; here are {few(classes)}")
+        known = f"{path} knows other classes, {few(checkpoint['classes'])}"
+        raise ValueError(f"{known}, than these, {few(classes)}: give data with its classes")
     if images.shape[1:] != (channels, size, size):
         found = "x".join(str(n) for n in images.shape[1:])
-        raise ValueError(f"{path} knows images of {channels}x{size}x{size}, these are {found}")
+        raise ValueError(f"{path} knows images of {channels}x{size}x{size}, these are {found}: give such images")
 
 
 def load_teacher(path, dataset, device, precision):
@@ -100,7 +108,7 @@ def load_teacher(path, dataset, device, precision):
             logits = model(images * scale + shift)
         return logits.float()
 
-    teacher.fingerprint = checkpoints.fingerprint(*model.state_dict().values())  # tells a resumed run if it's the same
+    teacher.fingerprint = fingerprint(path)  # tells a resumed run if it's the same
     return teacher
 
 

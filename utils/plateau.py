@@ -26,10 +26,10 @@ ADVICE = {
     "risen": "The learning rate has come up again since: give it the time to come down, with more --patience",
     "too small": "The learning rate may be too small, the loss still falls, but slower than --min-delta and --patience "
     "ask for: try a higher --lr that decays, --warmup-epochs, or more --patience",
-    "decayed": "The learning rate is too small, under a hundredth of its peak: if the loss should be lower, try a "
-    "higher --min-lr or --gamma, or more --epochs",
+    "decayed": "The learning rate is too small, under a hundredth of its peak: if the loss should be lower, try "
+    "more --epochs, or a higher --min-lr or --gamma where the --sched has one",
     "overfitting": "It overfits, the validation loss doesn't follow the training loss down: try more "
-    "augmentation, --dropout, --weight-decay or a smaller model",
+    "augmentation, --weight-decay, --dropout (mlp, vit) or a smaller model",
     "converged": "It has converged, both losses stand still: try a --sched that lowers the learning rate if it "
     "is still high, else a larger model",
 }

@@ -5,7 +5,7 @@ import os
 import shlex
 from pathlib import Path
 
-from utils import arguments, build, checkpoints, errors, run_folder
+from utils import arguments, build, checkpoints, errors, models, run_folder
 
 
 def repeat(args, run_once) -> int:
@@ -58,13 +58,13 @@ def run_seed(args, run_once):
         result = read_result(folder / "result.json")
     if checkpoint or result:
         saved = checkpoint["args"] if checkpoint else result["args"]
-        if saved.keys() != arguments.plain(args).keys():
+        if saved.get("model") == args.model and saved.keys() != arguments.plain(args).keys():
             raise ValueError(f"--out {folder.parent} holds runs of another version of train.py: name another")
         for name in ("init", "teacher"):
             path = getattr(args, name)
-            if path and os.path.getmtime(path) > os.path.getmtime(folder / ("result.json" if result else "last.pt")):
-                rule = f"{arguments.flag_name(name)} {path} was written after the runs in --out {folder.parent}"
-                raise ValueError(f"{rule}, and may be another: name another folder")
+            if path and checkpoint and os.path.exists(path) and models.fingerprint(path) != checkpoint.get(name):
+                changed = f"{arguments.flag_name(name)} {path} has changed since the runs in --out {folder.parent}"
+                raise ValueError(f"{changed}: name another folder")
         resumable = set(arguments.NO_MATTER)
         if args.minutes:  # they were measured
             resumable |= {"epochs", "warmup_epochs"}

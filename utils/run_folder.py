@@ -128,7 +128,8 @@ class RunFolder(contextlib.AbstractContextManager):
 
     def close(self):
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):  # a full disk: what log() could not write is tried once more
+                self.file.close()
         if self.held is not None:
             os.close(self.held)
         self.file = self.held = self.events = None
@@ -411,7 +412,9 @@ def over_seeds(results: list[dict]) -> tuple[str, dict]:
 def commit() -> str | None:
     """The git commit of this code, with a + if files differ from it; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's own repository
+    env = dict(os.environ)
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # a hook's own repository
+        env.pop(name, None)
     try:
         return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -44,6 +44,7 @@ def last_content(run, progress) -> dict:
         "ema": ema,
         "rng": distributed.all_gather(devices.rng_state(run.device)),
         "teacher": run.teacher.fingerprint if run.teacher else 0,
+        "init": progress.init,
     }
 
 
@@ -90,6 +91,7 @@ def restore(run, progress, checkpoint: dict):
         raise ValueError(f"--resume can't go on with this file and these images: {str(error)[:200]}") from None
     if distributed.rank() == 0:  # the saved totals are sums over all processes
         progress.totals.copy_(checkpoint["totals"])
+    progress.init = checkpoint.get("init", 0)
     progress.step = checkpoint["step"]
     progress.history = checkpoint["history"]
     progress.seconds = checkpoint["seconds"]
