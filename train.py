@@ -291,7 +291,7 @@ def train_until(run, epoch_end, progress, folder, signals, take_step):
         if log:
             folder.log(f"  step {progress.step:,} of {run.total_steps:,}  train loss {loss_sum / seen:.4f}")
         if (save or stop) and progress.step < epoch_end:  # at the end finish_epoch saves
-            check_finite(run, progress, args.lr * multiplier)
+            evaluation.check_finite(run.eval_model, progress.step, args.lr * multiplier)
             folder.save("last.pt", saving.last_content(run, progress))
         if stop:
             break
@@ -310,7 +310,7 @@ def finish_epoch(run, progress, folder):
         val_loss, val_acc = score(run, run.val_set)
         if not math.isfinite(val_loss):
             raise errors.Diverged(f"the validation loss is {val_loss}", progress.step, lr)
-    check_finite(run, progress, lr)
+    evaluation.check_finite(run.eval_model, progress.step, lr)
     row = {
         "epoch": len(history) + 1,
         "step": progress.step,
@@ -338,13 +338,6 @@ def finish_epoch(run, progress, folder):
     half = (args.patience + 1) // 2  # a first hint comes half-way to the early stop; not if that comes now
     if half < args.patience and early_stopping.waited(history, best, args.warmup_epochs) == half:
         folder.log(explain(run, history, best))
-
-
-def check_finite(run, progress, lr):
-    """Raise Diverged for weights or statistics that nothing can go on from, while the losses are finite."""
-    finite = torch.stack([tensor.isfinite().all() for tensor in run.eval_model.state_dict().values()]).all().item()
-    if distributed.all_max(int(not finite)):  # statistics may differ between the processes
-        raise errors.Diverged("a weight is not finite", progress.step, lr)
 
 
 def lr_multiplier(run, step, history):
@@ -379,7 +372,7 @@ def finish(run, progress, folder, stopped):
         folder.log(f"{stopped}: the result is epoch {best['epoch']} ({chosen_as})")
         if not args.no_test:
             folder.check_not_moved()
-            content = distributed.on_main(lambda: load_best(folder.path / "best.pt", best))
+            content = distributed.on_main(lambda: saving.load_best(folder.path, best))
             run.eval_model.load_state_dict(content["state_dict"])
             test_loss, test_acc = score(run, run.dataset.test)
             if math.isfinite(test_loss):
@@ -394,14 +387,6 @@ def finish(run, progress, folder, stopped):
     folder.write_result(result)
     folder.draw(history, best)
     return result
-
-
-def load_best(path, best):
-    """Load best.pt. Raises ValueError if it isn't that of `best`, a row of the history of process 0."""
-    content = checkpoints.load(path)
-    if str(content["metrics"]) != str(best):  # as text: NaN isn't equal to itself
-        raise ValueError(f"{path} was replaced: it isn't the best epoch of this run")
-    return content
 
 
 # ---------------------------------------------------------------------------------------------- the command line

@@ -36,6 +36,13 @@ def evaluate(model, split, dataset, device, precision, *, loss="ce", tta=False, 
     return loss_sum / images, correct / images
 
 
+def check_finite(model, step, lr):
+    """Raise Diverged for weights or statistics that nothing can go on from. The losses may be finite all the same."""
+    finite = torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all().item()
+    if distributed.all_max(int(not finite)):  # statistics may differ between the processes
+        raise errors.Diverged("a weight is not finite", step, lr)
+
+
 def test(checkpoint, path, *, data, data_dir, device, amp):
     """Test a checkpoint, with the loss and TTA of its run. Returns the dataset, mean loss and accuracy."""
     dataset = models.dataset_for(checkpoint, data, data_dir, path)

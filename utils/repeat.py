@@ -62,7 +62,8 @@ def run_seed(args, run_once):
             raise ValueError(f"--out {folder.parent} holds runs of another version of train.py: name another")
         for name in ("init", "teacher"):
             path = getattr(args, name)
-            if path and checkpoint and os.path.exists(path) and models.fingerprint(path) != checkpoint.get(name):
+            known = checkpoint.get(name) if checkpoint else None
+            if path and known and os.path.exists(path) and models.fingerprint(path) != known:
                 changed = f"{arguments.flag_name(name)} {path} has changed since the runs in --out {folder.parent}"
                 raise ValueError(f"{changed}: name another folder")
         resumable = set(arguments.NO_MATTER)

@@ -48,6 +48,18 @@ def last_content(run, progress) -> dict:
     }
 
 
+def load_best(folder, best: dict) -> dict:
+    """The content of a folder's best.pt. Raises ValueError if it isn't that of the history's row `best`.
+
+    Call it in process 0: the seconds of the others differ.
+    """
+    path = folder / "best.pt"
+    content = checkpoints.load(path)
+    if str(content["metrics"]) != str(best):  # as text: NaN isn't equal to itself
+        raise ValueError(f"{path} was replaced: it isn't the best epoch of this run")
+    return content
+
+
 def restore(run, progress, checkpoint: dict):
     """Put everything back as last.pt holds it. Raises ValueError if it doesn't fit."""
     dataset = run.dataset
@@ -112,7 +124,7 @@ def folder_of_run(run, progress, best: dict | None) -> run_folder.RunFolder:
     # Else last.pt has the best weights, or no epoch has ended.
     best_is_older = best is not None and best["step"] < progress.step
 
-    def load_best():
+    def load_old_best():
         """Load the best.pt that is to be kept, or that would be overwritten; None if there is none."""
         last, path = old_folder / "last.pt", old_folder / "best.pt"
         if not moved and not (last.exists() and last.samefile(args.resume)):
@@ -130,7 +142,7 @@ def folder_of_run(run, progress, best: dict | None) -> run_folder.RunFolder:
             raise ValueError(f"{path} is not the best epoch of --resume {args.resume}: {remedy}")
         return content
 
-    old_best = distributed.on_main(load_best)
+    old_best = distributed.on_main(load_old_best)
     folder = run_folder.open_folder(args.out if moved else old_folder, default, going_on=not moved)
     try:
         if history:  # the run may have been killed after it saved last.pt, before it wrote these
