@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 FORMATS = "JPEG PNG BMP GIF WEBP AVIF TIFF PPM".split()  # Pillow's: others may start programs, such as Ghostscript
+MARK = "augment.py of small PyTorch training scripts"  # in a plot, which may be replaced by another
 CHUNK = 1024  # images: small batches are augmented together, in chunks, which takes less time
 GPU_CHUNK = 2**25  # pixel values: a GPU waits for launches, so its chunks are larger
 
@@ -288,11 +289,11 @@ def read_images(paths) -> Tensor:
 
     images = []
     Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]
     for path in paths:
         if not os.path.isfile(path):  # reading a pipe would wait for ever
             raise ValueError(f"{path} is no file")
         try:
-            known = [name for name in FORMATS if name in Image.OPEN]
             image = ImageOps.exif_transpose(Image.open(path, formats=known))
             if image.mode == "F" or image.mode.startswith("I"):  # convert() would cut them to 8 bits
                 raise ValueError("its pixels have more than 8 bits")
@@ -310,7 +311,7 @@ def read_images(paths) -> Tensor:
 
 def show(images: Tensor, path, **options) -> None:
     """Plot images, what each of the options of `batches` does to them, and what all do together, into a file."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, PngImagePlugin
 
     n = len(images)
     rows = [{}] + [{name: value} for name, value in options.items()]
@@ -326,8 +327,10 @@ def show(images: Tensor, path, **options) -> None:
         plot.paste(strip, (110, 100 * row))
         label = "\n".join(f"{name} {value}" for name, value in chosen.items())
         ImageDraw.Draw(plot).text((4, 100 * row + 4), label or "as they are", "black")
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", MARK)
     drawn = io.BytesIO()  # a plot that can't be drawn replaces no file
-    plot.save(drawn, format=Image.registered_extensions()[os.path.splitext(path)[1].lower()])
+    plot.save(drawn, format="PNG", pnginfo=mark)
     with open(path, "wb") as file:
         file.write(drawn.getvalue())
 
@@ -350,13 +353,14 @@ def main():
     parser.add_argument("--show", required=True, metavar="FILE", help="where to write the plot")
     add_args(parser)
     args = parser.parse_args()
-    if os.path.splitext(args.show)[1].lower() not in (".png", ".jpg", ".webp"):
-        parser.error(f"--show {args.show} must end in .png, .jpg or .webp")
+    if not args.show.lower().endswith(".png"):
+        parser.error(f"--show {args.show} must end in .png")
     if os.path.exists(args.show):
         if not os.path.isfile(args.show):
             parser.error(f"--show {args.show} is no file: name another one")
-        if any(os.path.exists(path) and os.path.samefile(path, args.show) for path in args.images):
-            parser.error(f"--show {args.show} is an image to be shown: name another file for the plot")
+        with open(args.show, "rb") as file:
+            if MARK.encode() not in file.read(200):
+                parser.error(f"--show {args.show} is no plot of augment.py: name another file")
     options = {"augment": args.augment} if args.augment != "none" else {}
     for name, most in {"crop_pad": 1000, "flip": 1, "reprob": 1, "mixup": 1000, "cutmix": 1000}.items():
         value = getattr(args, name)

@@ -238,6 +238,8 @@ def command(argv):
         for name in ("models", "turns", "seconds"):
             if getattr(args, name) != make_parser().get_default(name):
                 raise ValueError(f"--{name} has no effect with --until: leave it out")
+    if args.out and not args.out.endswith(".json"):
+        raise ValueError(f"--out {args.out} must end in .json")
     if args.out:  # now, rather than after minutes of measuring
         try:
             checkpoints.check_not_in_the_way(args.out)

@@ -162,7 +162,7 @@ def run_all(variants, runs, check_not_moved):
             # Folder, data and device as they are now: they may have been moved since it was written.
             results[name].append(result | {"args": vars(args)})
             if not own_set and result["args"]["data"] != args.data:
-                note = f"note: {args.data} isn't available, the others train on {result['args']['data']}, too"
+                note = f"note: {args.data} wasn't available, the others train on {result['args']['data']}, too"
                 run_folder.print_line(f"{note}: {args.out}/log.txt says why")
             own_set = own_set or result["args"]["data"]
             said = f"val acc {result['best_val_acc']:.4f}"
@@ -264,7 +264,8 @@ def table(rows):
             continue
         val = percent(row["val_acc"], row["val_acc_std"])
         tested = percent(row["test_acc"], row["test_acc_std"]) if "test_acc" in row else "-"
-        cells = [f"{100 * row['train_acc']:.2f}", f"{row['best_epoch']:.3g}", f"{row['seconds']:.1f}", tested]
+        best_epoch = f"{row['best_epoch']:.3g}" if row["best_epoch"] < 999 else f"{row['best_epoch']:.0f}"
+        cells = [f"{100 * row['train_acc']:.2f}", best_epoch, f"{row['seconds']:.1f}", tested]
         lines.append(f"| {name} | {val} | {row['n']}{failed} | {' | '.join(cells)} |")
     return lines
 
@@ -278,7 +279,8 @@ def draw(rows, results, path):
     try:
         for name in names[: len(plot.COLOURS)]:
             curves[name] = [row for result in results[name] for row in plot.read(result["args"]["out"])]
-        plot.draw(curves, path)
+        best = {name: results[name][0]["best_epoch"] for name in curves if len(results[name]) == 1}
+        plot.draw(curves, path, best)
     except ImportError:
         return "no compare.png: pip install matplotlib"
     except Exception as error:  # as of a run's curves: a plot is no reason to fail
@@ -340,12 +342,11 @@ def test_some(rows, results, which):
 def report(own, rest, out, rows, results):
     """Write and print what came out."""
     all_results = [result for runs in results.values() for result in runs]
-    found = {name: run_folder.in_all(all_results, name) for name in ("data", "device", "amp", "torch")}
+    found = {name: run_folder.in_all(all_results, name) for name in ("data", "device", "amp", "torch", "commit")}
     content = {
         "command": arguments.typed(),
         "flags": rest,
         **found,
-        "commit": run_folder.commit(),
         "test": own.test,
         "seeds": list(range(own.seed, own.seed + own.runs)),
         "variants": rows,
@@ -353,6 +354,8 @@ def report(own, rest, out, rows, results):
     checkpoints.write_json(content, out / "compare.json")
     tested = any("test_acc" in row for row in rows)
     lines = [*table(rows), "", TEST_NOTE[own.test if tested else "none"]]
+    if tested and own.test == "winner" and len(rows) > 1 and rows[0]["val_acc"] == rows[1].get("val_acc"):
+        lines.append(f"{rows[0]['name']} and {rows[1]['name']} validate alike: the one named first was tested.")
     if all_results:
         lines.append(f"Trained on {found['data']}; {found['device']}; {found['amp']}.")
     lines.append(draw(rows, results, out / "compare.png"))

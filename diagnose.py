@@ -50,6 +50,7 @@ def parse_args(argv=None):
         path = Path(own.find_lr)
         if path.suffix.lower() != ".png" or not path.parent.is_dir() or (path.exists() and not path.is_file()):
             raise ValueError(f"--find-lr {own.find_lr} must be a .png file in a folder that exists")
+        report.check_replaceable(path)
         arguments.reject_among_images("--find-lr", own.find_lr, args.data)
     # Flags that don't shape a step, such as --tta, are no mistake: they are those of the run to come. But the batches
     # here are small already, and batch norm needs more than a few images in a micro-batch. Nor is --minutes measured.

@@ -105,9 +105,13 @@ def with_metrics(folders):
         raise ValueError(f"{runs[0]}/metrics.csv doesn't exist: {rule}")
     for run in runs:
         if run not in found:
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or None
-                sys.stderr.write(one_line(f"note: {run} is left out, it has no metrics.csv") + "\n")
+            note(f"{run} is left out, it has no metrics.csv")
     return found
+
+
+def note(text):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or None
+        sys.stderr.write(one_line(f"note: {text}") + "\n")
 
 
 def collect(folders):
@@ -119,6 +123,11 @@ def collect(folders):
         groups.setdefault(name, []).append((folder, result))
     runs, best = {}, {}
     for name, group in groups.items():
+        whole = [run for run in group if run[1].get("stopped") not in ("non-finite loss", "interrupted")]
+        if 0 < len(whole) < len(group):  # as in the means of --runs and compare.py
+            for folder in sorted({folder for folder, _ in group} - {folder for folder, _ in whole}):
+                note(f"{folder} is left out of the mean: it diverged or was interrupted")
+            group = whole
         seeds = {str(result.get("seed")) for _, result in group}
         if len(group) > 1 and len(seeds) == len(group):
             name = f"{name or group[0][0]} (mean \N{PLUS-MINUS SIGN} sd of {len(group)} seeds)"
@@ -229,6 +238,9 @@ def draw(runs, path, best=None):
     names = []
     for name, colour in zip(runs, COLOURS, strict=False):
         label = name.encode("utf-8", "backslashreplace").decode()  # matplotlib can't draw what is no UTF-8
+        shortest = mean_and_spread(runs[name], "lr")[0][-1]
+        if shortest < max(row["epoch"] for row in runs[name]):
+            label += f", to epoch {shortest:g}, where the first ends"
         names.append(Line2D([], [], color=colour, linewidth=5, label=label))
     legend = figure.legend(handles=names, loc="outside upper center", ncols=columns, frameon=False)
     for text in legend.get_texts():

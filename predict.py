@@ -233,10 +233,7 @@ def print_report(args, checkpoint, model, device):
     arguments.reject_among_images("--out", out, args.report)
     for name in ("confusion.png", "mistakes.png", "reliability.png"):
         checkpoints.check_not_in_the_way(out / name)
-        if (out / name).exists():
-            with open(out / name, "rb") as file:
-                if b"Matplotlib" not in file.read(200):  # which plots name as their software
-                    raise ValueError(f"--out {out} holds a {name} that is no plot: remove it, or name another folder")
+        report.check_replaceable(out / name)
     if dataset.note:
         log(f"note: {errors.one_line(dataset.note)}")
     images, labels = dataset.test
@@ -310,6 +307,10 @@ def draw_attention(args, checkpoint, model, device):
     tokens = model.pos_embedding.shape[1]
     if tokens > MOST_TOKENS:
         raise ValueError(f"--attention {args.attention}: {tokens:,} tokens are too many, at most {MOST_TOKENS:,}")
+    report.check_replaceable(args.attention)
+    trained_on = checkpoint["args"].get("data")
+    if isinstance(trained_on, str) and os.path.isdir(trained_on):
+        arguments.reject_among_images("--attention", args.attention, trained_on)
     heads = model.blocks[0].attention.heads
     if heads > MOST_HEADS:
         raise ValueError(f"--attention {args.attention}: {heads:,} heads are too many to plot, at most {MOST_HEADS}")

@@ -101,10 +101,10 @@ class Progress:
     """How far a run has come. last.pt holds it, along with the weights, the state of the optimizer and the like."""
 
     totals: torch.Tensor  # since the last row of history: sum of losses, correct predictions, images
-    init: int = 0  # a checksum of --init's weights
     step: int = 0
     history: list = field(default_factory=list)  # a dict per epoch: the rows of metrics.csv
     seconds: float = 0.0  # of training since the last row of history
+    init: int | None = None  # a checksum of --init's weights, by which --runs knows that file again
 
 
 # ---------------------------------------------------------------------------------------------- setting up
@@ -286,7 +286,7 @@ def train_until(run, epoch_end, progress, folder, signals, take_step):
         progress.seconds += time.perf_counter() - start
         if not math.isfinite(loss_sum):
             raise errors.Diverged(f"the training loss is {loss_sum}", progress.step, args.lr * multiplier)
-        if run.scaler.get_scale() < 1e-30:  # halved in every step so far
+        if run.scaler.get_scale() < 1e-30:  # halved in the last hundred steps or more
             raise errors.Diverged("no gradient is finite", progress.step, args.lr * multiplier)
         if log:
             folder.log(f"  step {progress.step:,} of {run.total_steps:,}  train loss {loss_sum / seen:.4f}")
@@ -396,13 +396,14 @@ def run_once(args, checkpoint=None):
     """One run, from its arguments to its result. Returns (what result.json holds, exit status)."""
     with checkpoints.blaming(args.resume):  # the run hasn't begun: an error is wrong input, here exit status 2
         run = prepare(args)
-        init = models.fingerprint(args.init) if args.init and not args.resume else 0
-        progress = Progress(devices.zero_totals(run.device), init)
+        progress = Progress(devices.zero_totals(run.device))
         if checkpoint:
             saving.restore(run, progress, checkpoint)
+        elif args.init:
+            progress.init = models.fingerprint(checkpoints.load(args.init, keys={}))
         folder = saving.folder_of_run(run, progress, find_best(run.args, progress.history))
     with folder, errors.while_training(run.args), errors.caught_signals() as signals:  # an error in here: exit status 1
-        saving.log_beginning(run, folder, checkpoint)
+        saving.log_beginning(run, folder, progress.history, checkpoint)
         try:
             stopped = train(run, progress, folder, signals)
         except errors.Diverged as error:

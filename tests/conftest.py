@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,15 @@ def python(*argv, cwd=None, **more):
     return subprocess.run(
         [sys.executable, *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **more
     )
+
+
+def end_as_torch_does(path):
+    """Give an archive that Python wrote the longer end that torch writes, and expects."""
+    raw = Path(path).read_bytes()
+    *_, count, length, start, _ = struct.unpack("<4sHHHHIIH", raw[-22:])
+    longer = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, start)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(raw) - 22, 1)
+    Path(path).write_bytes(raw[:-22] + longer + locator + raw[-22:])
 
 
 def write_idx(path, array):

@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EFFECTS, TINY, TINY_MLP, call, rejected, same, write_folder, write_idx, write_mnist
+from conftest import (
+    EFFECTS,
+    TINY,
+    TINY_MLP,
+    call,
+    end_as_torch_does,
+    rejected,
+    same,
+    write_folder,
+    write_idx,
+    write_mnist,
+)
 from PIL import Image
 
 import data as datasets
@@ -135,6 +146,7 @@ def damaged_checkpoints(good):
             with zipfile.ZipFile(path, "w", compression) as file:
                 for name, raw in entries:
                     file.writestr(name, alter(name, raw))
+            end_as_torch_does(path)
 
         return write
 

@@ -108,6 +108,11 @@ def test_positions_that_cannot_be_resized_stay():
     assert "pos_embedding (1, 16, 16) for (1, 64, 32)" in said and "resized" not in said
 
 
+def test_init_from_weights_in_bf16(tiny):
+    torch.save({name: value.bfloat16() for name, value in timm_weights().items()}, "timm.pt")
+    assert call(*TINY, "--model", "vit", "--init", "timm.pt", "--out", "run") == 0
+
+
 def test_init_from_timm(tiny, capsys):
     torch.save(timm_weights(), "timm.pt")
     assert (

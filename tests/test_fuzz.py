@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HERE, TINY_MLP, assert_same_run, call, replaced, write_folder, write_mnist
+from conftest import HERE, TINY_MLP, assert_same_run, call, end_as_torch_does, replaced, write_folder, write_mnist
 from test_faults import SEED, any_run
 
 import augment
@@ -214,6 +214,7 @@ def test_checkpoints_of_any_content(tiny, capsys):
 def zip_of(path, name, content):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr(name, content)
+    end_as_torch_does(path)
 
 
 FILES = {

@@ -1,5 +1,6 @@
 """What nobody thought of: it ends in one line or in a right result, never in a lost file, a hang or a crash."""
 
+import collections
 import copy
 import dataclasses
 import errno
@@ -24,6 +25,7 @@ from conftest import (
     TINY_MLP,
     Killed,
     call,
+    end_as_torch_does,
     halt,
     python,
     rejected,
@@ -282,7 +284,7 @@ def test_sizes_that_are_no_lists_contradict_the_weights(tiny, capsys):
     checkpoints.save(content | sizes, "odd.pt")
     capsys.readouterr()
     assert call(*TINY_MLP, "--teacher", "odd.pt", "--out", "pupil") == 2
-    one_line(capsys, "odd.pt holds weights that don't fit")
+    one_line(capsys, "odd.pt contradicts itself: its hidden is a int")
 
 
 def test_a_test_loss_that_is_not_finite_is_no_result(tiny, monkeypatch, capsys):
@@ -893,6 +895,7 @@ def with_pickle(path, pickled):
     with zipfile.ZipFile("run/best.pt") as old, zipfile.ZipFile(path, "w") as new:
         for name in old.namelist():
             new.writestr(name, pickled if name.endswith(".pkl") else old.read(name))
+    end_as_torch_does(path)
 
 
 def test_pickles_that_end_the_interpreter_or_fill_the_memory_are_one_line(tiny, capsys):
@@ -901,6 +904,7 @@ def test_pickles_that_end_the_interpreter_or_fill_the_memory_are_one_line(tiny, 
     with_pickle("deep.pt", b"\x80\x02}" + b")" + b"\x85" * 1_000_000 + b"K\x01s.")
     with_pickle("wide.pt", b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"}h\x00K\x01s.")
     with_pickle("large.pt", b"\x80\x02}ctorch\nTensor\n]\x85R.")
+    with_pickle("call.pt", b"\x80\x02]q\x00" + b"]q\x00h\x00a" * 60 + b")R.")
     encode = b"c_codecs\nencode\n"
     with_pickle(
         "bomb.pt", b"\x80\x02}" + encode * 100 + b"X\x01\x00\x00\x00x" + b"X\x03\x00\x00\x00hex\x86R" * 100 + b"."
@@ -911,6 +915,7 @@ def test_pickles_that_end_the_interpreter_or_fill_the_memory_are_one_line(tiny, 
         ("wide.pt", "too deep or too often within each other"),
         ("bomb.pt", "it holds a _codecs.encode"),
         ("large.pt", "it holds a torch.Tensor"),
+        ("call.pt", "it calls what is no function"),
     ):
         for use in (["--eval"], ["--resume"], [*TINY_MLP, "--init"], [*TINY_MLP, "--teacher"]):
             assert call(*use, name) == 2
@@ -1252,8 +1257,9 @@ def test_a_plot_that_cannot_be_drawn_replaces_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     Path("run/metrics.csv").write_text(",".join(plot.COLUMNS) + "\n1,1,1,1,1,1\n")
-    for name in ("old.png", "old.jpg", "old.h5", "old.ps"):
+    for name in ("old.png", "old.ps"):
         Path(name).write_text("mine")
+    Path("drawn.png").write_text(augment.MARK)
 
     def savefig(self, target, *args, **options):
         if not hasattr(target, "write"):
@@ -1266,13 +1272,13 @@ def test_a_plot_that_cannot_be_drawn_replaces_no_file(tmp_path, monkeypatch):
         (plot, "run", "--out", "old.png"),
         (plot, "run", "--out", "old.ps"),
         (schedulers, "--plot", "old.png"),
-        (augment, "--flip", "--show", "old.jpg"),
-        (augment, "--flip", "--show", "old.h5"),
+        (augment, "--flip", "--show", "drawn.png"),
     ):
         monkeypatch.setattr(sys, "argv", [module.__name__, *argv])
         with pytest.raises((SystemExit, RuntimeError)):
             module.main()
     assert {path.read_text() for path in Path().glob("old.*")} == {"mine"}
+    assert Path("drawn.png").read_text() == augment.MARK
 
 
 def test_runs_are_not_mixed_up_in_a_plot(tiny):
@@ -1461,11 +1467,16 @@ def test_seeds_that_started_from_another_file_are_not_averaged(flag, tiny, monke
     assert call(*TINY_MLP, "--seed", 1, "--out", "before") == 0
     capsys.readouterr()
     assert call(*flags) == 2
-    one_line(capsys, f"{flag} before/best.pt has changed since the runs in --out many")
+    one_line(capsys, f"--out many holds runs from before {flag} before/best.pt changed")
     shutil.rmtree("before")
     shutil.copytree("kept", "before")
     assert call(*flags) == 0
     assert json.loads(Path("many/result.json").read_text())["n"] == 2
+    Path("many/result.json").unlink()
+    content = checkpoints.load("many/seed-1/last.pt", keys=checkpoints.RESUME_KEYS)
+    del content["init"], content["teacher"]  # as of an older version
+    checkpoints.save(content, "many/seed-1/last.pt")
+    assert call(*flags) == 0
 
 
 def test_weights_that_are_not_finite_replace_no_last_pt(tiny, capsys):
@@ -1741,7 +1752,7 @@ def test_gradients_that_are_never_finite_end_the_run(tiny, monkeypatch, capsys):
         ("--model cnn --widths 1.5", "--widths: 1.5 must be whole numbers, as in 64,256,256"),
         (
             "--patch-size 8",
-            "--patch-size 8: see train.py --help; a model's own flags need --model",
+            "--patch-size 8: see train.py --model mlp --help, each model has flags of its own",
         ),
         ("--data nowhere --img-size 8", "--data nowhere is no folder and no known set: choose cifar10, "),
         ("--model vit --dim 1", "--heads 3 must divide dim 1: try 1"),
@@ -1764,4 +1775,134 @@ def test_a_comparison_that_falls_back_says_so(tiny, monkeypatch, capsys):
     found(monkeypatch, [False])
     assert compare.main([*OWN_SET, "--vary", "lr=0.1,0.01", "--test", "none", "--out", "c"]) == 0
     said = capsys.readouterr().out
-    assert said.count("note: mnist isn't available, the others train on shapes, too: c/lr-0.1/seed-0/log.txt") == 1
+    assert said.count("note: mnist wasn't available, the others train on shapes, too: c/lr-0.1/seed-0/log.txt") == 1
+
+
+def test_an_archive_in_which_torch_could_see_other_entries_is_rejected(tiny):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    raw = Path("run/best.pt").read_bytes()
+    checkpoints.load("run/best.pt")
+
+    def one_less(at):
+        number = int.from_bytes(raw[at : at + 8], "little") - 1
+        return raw[:at] + number.to_bytes(8, "little") + raw[at + 8 :]
+
+    changed = {
+        "the directory starts elsewhere": one_less(len(raw) - 50),
+        "the longer end lies elsewhere": one_less(len(raw) - 34),
+        "a comment": raw[:-2] + b"\1\0x",
+        "no longer end": raw[:-98] + raw[-22:],
+        "bytes before it": b"x" + raw,
+    }
+    for name, content in changed.items():
+        Path("odd.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"doesn't end as the files of torch\.save do"):
+            checkpoints.load("odd.pt")
+            pytest.fail(name)
+
+
+def test_a_dict_with_methods_of_its_own_hides_nothing(tiny):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    counter = b"ccollections\nCounter\n}X\x01\x00\x00\x00aK\x01s\x85R"
+    with_pickle("odd.pt", b"\x80\x02" + counter + b"}X\x05\x00\x00\x00itemsccollections\nOrderedDict\nsb.")
+    with pytest.raises(ValueError, match="it is no plain dict"):
+        checkpoints.load("odd.pt", keys={})
+
+
+def test_what_lies_beside_the_weights_of_a_checkpoint_does_not_reach_torch(tiny):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    content = checkpoints.load("run/best.pt")
+    content["state_dict"] = collections.OrderedDict(content["state_dict"])
+    content["state_dict"]._metadata = {"": {"assign_to_params_buffers": True}}
+    torch.save(content, "odd.pt")
+    loaded = checkpoints.load("odd.pt")["state_dict"]
+    assert type(loaded) is dict and same(loaded, dict(content["state_dict"]))
+
+
+def test_widths_that_are_no_list_make_no_model(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    content = checkpoints.load("run/best.pt")
+    content["model_args"]["hidden"] = dict.fromkeys(range(1, 1000))
+    del content["args"]["hidden"]
+    torch.save(content, "odd.pt")
+    capsys.readouterr()
+    assert call("--eval", "odd.pt", "--device", "cpu") == 2
+    one_line(capsys, "odd.pt contradicts itself: its hidden is a dict")
+
+
+def test_a_tensor_with_a_sign_to_be_changed_is_no_plain_one(tiny):
+    torch.save({"x": torch._neg_view(torch.ones(3))}, "odd.pt")
+    with pytest.raises(ValueError, match="x is no plain tensor"):
+        checkpoints.load("odd.pt", keys={})
+
+
+def test_a_plot_replaces_no_photo(tiny, monkeypatch, capsys):
+    def show(path):
+        monkeypatch.setattr(sys, "argv", ["augment.py", "--flip", "--show", path])
+        augment.main()
+
+    Image.new("RGB", (32, 32), "red").save("photo.png")
+    before = Path("photo.png").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        show("photo.png")
+    one_line(capsys, "photo.png is no plot")
+    assert diagnose.main([*TINY_MLP, "--find-lr", "photo.png"]) == 2
+    one_line(capsys, "photo.png is no plot")
+    assert call("--model", "vit", "--dim", 16, "--depth", 1, "--heads", 2, *TINY, "--out", "run") == 0
+    Image.new("RGB", (32, 32)).save("other.png")
+    capsys.readouterr()
+    assert predict.main(["run/best.pt", "other.png", "--attention", "photo.png"]) == 2
+    one_line(capsys, "photo.png is no plot")
+    assert Path("photo.png").read_bytes() == before
+    for _ in range(2):  # their own they replace
+        show("plot.png")
+        assert predict.main(["run/best.pt", "other.png", "--attention", "map.png"]) == 0
+
+
+def test_a_map_of_attention_is_not_put_among_the_images(tiny, capsys):
+    write_folder(tiny / "pets", (32, 32))
+    vit_flags = "--model vit --dim 16 --depth 1 --heads 2 --epochs 1 --batch-size 6".split()
+    assert call(*vit_flags, "--data", "pets", "--device", "cpu", "--out", "run") == 0
+    capsys.readouterr()
+    assert predict.main(["run/best.pt", "pets/test/cat/0.png", "--attention", "pets/test/cat/map.png"]) == 2
+    one_line(capsys, "--attention pets/test/cat/map.png is among the images of pets")
+
+
+def test_a_benchmark_writes_json(tiny, capsys):
+    Path("notes.txt").write_text("mine")
+    assert bench.main(["--out", "notes.txt"]) == 2
+    one_line(capsys, "--out notes.txt must end in .json")
+
+
+def test_a_seed_that_diverged_is_no_part_of_a_plotted_mean(tiny, capsys):
+    for seed in (0, 1, 2):
+        assert call(*TINY_MLP, "--epochs", 2, "--seed", seed, "--out", f"many/seed-{seed}") == 0
+    path = Path("many/seed-2/result.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stopped": "non-finite loss"}))
+    capsys.readouterr()
+    runs, _ = plot.collect(plot.with_metrics(["many"]))
+    assert [len(rows) for rows in runs.values()] == [4] and "of 2 seeds" in next(iter(runs))
+    one_line(capsys, "many/seed-2 is left out of the mean")
+
+
+def test_results_name_the_code_of_all_their_runs(tiny, monkeypatch):
+    flags = [*TINY_MLP, "--vary", "lr=0.1,0.01", "--out", "c"]
+    monkeypatch.setattr(run_folder, "commit", lambda: "a")
+    assert compare.main(flags) == 0
+    shutil.rmtree("c/lr-0.1")
+    monkeypatch.setattr(run_folder, "commit", lambda: "b")
+    assert compare.main(flags) == 0
+    assert json.loads(Path("c/compare.json").read_text())["commit"] == "a, b"
+
+
+def test_a_tie_is_said(tiny):
+    flags = ["--case", "a: --lr 0.01", "--case", "b: --lr 0.01", "--out", "c"]
+    assert compare.main([*TINY_MLP, *flags]) == 0
+    assert "a and b validate alike: the one named first was tested." in Path("c/compare.md").read_text()
+
+
+def test_a_schedule_that_cannot_act_in_the_time_is_said(tiny, capsys):
+    flags = [word for word in TINY_MLP if word not in ("--epochs", "1")]
+    more = "--minutes 0.01 --sched step --step-size 1e6 --out run".split()
+    assert call(*flags, *more) == 0
+    assert "note: --step-size 1e+06 can't take effect in" in capsys.readouterr().out

@@ -128,7 +128,8 @@ def test_tensorboard_gets_what_the_table_has(tiny, monkeypatch):
     written = {}
 
     class SummaryWriter:
-        def __init__(self, folder):
+        def __init__(self, folder, purge_step):
+            assert purge_step == 0
             self.flush = lambda: None
 
         def add_scalar(self, name, value, step):
@@ -139,6 +140,10 @@ def test_tensorboard_gets_what_the_table_has(tiny, monkeypatch):
     history = checkpoints.load("run/last.pt", keys=checkpoints.RESUME_KEYS)["history"]
     names = {"lr", "train_loss", "train_acc", "seconds", "images_per_second"}  # nothing was validated
     assert written == {(name, row["step"]): row[name] for row in history for name in names}
+    before = dict(written)
+    written.clear()  # as if the run had been killed before it wrote them
+    assert call("--resume", "run/last.pt", "--epochs", 3) == 0
+    assert before.items() < written.items() and len(written) == len(before) * 3 / 2
 
 
 @pytest.fixture
@@ -394,7 +399,7 @@ def test_report_replaces_no_file_of_the_user(out, trained, tiny, capsys):
     Path(out, "mistakes.png").write_text("of the user")
     for _ in range(2):
         assert predict.main(["cnn.pt", "--report", "shapes", "--out", out]) == 2
-        assert f"--out {out} holds a mistakes.png that is no plot" in capsys.readouterr().err
+        assert f"{out}/mistakes.png is no plot, and would be replaced" in capsys.readouterr().err
     assert Path(out, "mistakes.png").read_text() == "of the user" and len(list(Path(out).iterdir())) == 1
 
 

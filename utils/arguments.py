@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
         options |= {"usage": argparse.SUPPRESS, "allow_abbrev": False, "fromfile_prefix_chars": "@"}
         super().__init__(prog=program, **options)
         self.count = 0  # of words in @files
+        self.hint = ""  # for flags that aren't known
 
     def convert_arg_line_to_args(self, line):
         words = self.checked(split_flags(line))
@@ -73,8 +74,8 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def error(self, message):
-        if message.startswith("unrecognized arguments"):
-            message += f": see {self.prog} --help; a model's own flags need --model"
+        if message.startswith("unrecognized arguments") and self.hint:
+            message += f": {self.hint}"
         super().error(errors.one_line(message))
 
 
@@ -125,6 +126,7 @@ def as_flags(message: str) -> str:
 
 def make_parser(model, program="train.py"):
     parser = Parser(program, description=f"Train an image classifier. In brackets the defaults of --model {model}.")
+    parser.hint = f"see train.py --model {model} --help, each model has flags of its own"
     flag = parser.add_argument_group("run").add_argument
     flag("--model", default="mlp", choices=MODELS, help="each has flags of its own: --model NAME --help (mlp)")
     flag("--epochs", type=float, metavar="N", help="length of the run, fractions allowed (%(default)s)")

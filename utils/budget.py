@@ -55,6 +55,10 @@ def within_minutes(run, trial, take_step, score):
     length = min(steps / per_epoch, 1e9)  # the largest --epochs
     warmup = arguments.warmup_within(run.args, run.args.given, length)
     args = arguments.changed(run.args, epochs=length, warmup_epochs=warmup)
+    try:
+        arguments.check_lengths(args)
+    except ValueError as error:  # no reason to stop: nobody could know the length
+        run.dataset.note += f"\nnote: {error}"
     return dataclasses.replace(run, args=args, schedule=arguments.make_schedule(args))
 
 

@@ -41,8 +41,9 @@ def load_data(args):
         try:
             train_set = data.limit(train_set, args.limit, args.seed)
         except ValueError as error:  # the name helps: it may be the fallback
-            fallback = "" if dataset.name != "shapes" else f", which stand for {args.data}: --data {args.data} says why"
-            raise ValueError(f"{error} of {dataset.name}{fallback if args.data != 'shapes' else ''}") from None
+            fell_back = args.data in data.DOWNLOADS and dataset.name == "shapes"
+            why = f", which stand for {args.data}: --data {args.data} says why" if fell_back else ""
+            raise ValueError(f"{error} of {dataset.name}{why}") from None
     size = dataset.train.images.shape[-1]
     if args.crop_pad >= size:
         raise ValueError(f"--crop-pad {args.crop_pad} must be less than the image's {size} pixels")

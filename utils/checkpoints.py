@@ -13,7 +13,6 @@ holds. So `load` takes tensors of some types only (DTYPES), contiguous, and weig
 """
 
 import contextlib
-import copy
 import errno
 import io
 import json
@@ -21,6 +20,7 @@ import math
 import os
 import pickletools
 import re
+import struct
 import time
 import zipfile
 import zlib
@@ -144,7 +144,10 @@ def load(path, *, keys: dict = KEYS) -> dict:
 
             content = load_file(path)
         else:
+            _check_directory(path, size)
             with zipfile.ZipFile(path) as file:
+                if any(entry.filename != entry.orig_filename for entry in file.infolist()):
+                    raise ValueError("it holds an entry of two names")
                 if sum(entry.file_size for entry in file.infolist()) > size:
                     raise ValueError("it would unpack to more than its own size")
                 if damaged := file.testzip():
@@ -162,7 +165,33 @@ def load(path, *, keys: dict = KEYS) -> dict:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__}: {reason})") from None
     validate(path, content, keys, size)
-    return copy.deepcopy(content)  # out of the mapped file, which may be replaced now
+    return _copied(content)  # out of the mapped file, which may be replaced now
+
+
+def _check_directory(path, size):
+    """Raise ValueError unless an archive ends as torch's do. In others torch may see other entries than zipfile."""
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 98))
+        end = file.read(98)
+    if len(end) == 98:
+        signature, *_, length, start = struct.unpack("<4sQHHIIQQQQ", end[:56])
+        locator, _, at, _ = struct.unpack("<4sIQI", end[56:76])
+        if (signature, locator, end[76:80]) == (b"PK\6\6", b"PK\6\7", b"PK\5\6"):
+            if at == start + length == size - 98:
+                return
+    raise ValueError("it doesn't end as the files of torch.save do")
+
+
+def _copied(content):
+    """A deep copy in plain dicts, lists and tuples: the _metadata of a state dict could mislead torch."""
+    if isinstance(content, torch.Tensor):
+        return content.detach().clone()
+    if isinstance(content, dict):
+        return {key: _copied(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        values = [_copied(value) for value in content]
+        return values if isinstance(content, list) else tuple(values)
+    return content
 
 
 def _inspect(pickled: bytes):
@@ -171,9 +200,9 @@ def _inspect(pickled: bytes):
     Some functions that torch allows make objects of any size. And hashing a tuple, as a dict's key, visits everything
     nested in it, a shared object once per place: deep nesting overflows the stack, sharing takes exponential time.
     """
-    stack = []  # (depth, size) of each object on the unpickler's stack, which is simulated here
+    stack = []  # (depth, size, is it a function?) of each object on the unpickler's stack, which is simulated here
     marks = []  # the length of the stack at each MARK
-    memo = {}  # index -> (depth, size)
+    memo = {}  # index -> (depth, size, is it a function?), as it was then: a list may have grown since
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name == "GLOBAL" and not HARMLESS.fullmatch(argument):
             raise ValueError(f"it holds a {argument.replace(' ', '.')}")
@@ -190,14 +219,16 @@ def _inspect(pickled: bytes):
                 start = marks.pop() - before.index(pickletools.markobject)
             taken = stack[start:]
             del stack[start:]
-            depths = [1 + depth for depth, _ in taken]
+            if opcode.name in ("REDUCE", "NEWOBJ") and not taken[0][2]:  # torch's message would show all of it
+                raise ValueError("it calls what is no function")
+            depths = [1 + depth for depth, _, _ in taken]
             if opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"):
                 depths[0] -= 1  # the others go into the first one
             depth = max(depths, default=0)
-            size = 1 + sum(size for _, size in taken)
+            size = 1 + sum(size for _, size, _ in taken)
             if depth > DEEPEST_PICKLE or size > 10 * MOST_VALUES:
                 raise ValueError("its objects lie too deep or too often within each other")
-            stack += [(depth, size)] * len(opcode.stack_after)
+            stack += [(depth, size, opcode.name == "GLOBAL")] * len(opcode.stack_after)
 
 
 def validate(path, content, keys: dict, size: int):
@@ -241,11 +272,15 @@ def _walk(content, size, tensors=True):
         if isinstance(value, torch.Tensor) and tensors:
             if value.layout != torch.strided or value.dtype not in DTYPES or value.device.type != "cpu":
                 raise ValueError(f"{name} is no plain tensor")
+            if value.is_neg() or value.is_conj():
+                raise ValueError(f"{name} is no plain tensor")
             dense = value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
             held += value.nbytes  # shared memory counts for each tensor: most models allocate each
             if not dense or held > 2 * size:  # twice, because tied weights are in the file once
                 raise ValueError(f"{name} is no tensor that the file could hold")
         elif isinstance(value, dict):
+            if getattr(value, "__dict__", {}).keys() - {"_metadata"}:  # such as an `items` of its own
+                raise ValueError(f"{name} is no plain dict")
             for key, inner in value.items():
                 if not isinstance(key, (str, int)) or len(str(key)) > 1000:
                     raise ValueError(f"{name} has a key that is no name")
@@ -439,5 +474,6 @@ def fingerprint(*tensors: torch.Tensor) -> int:
     """A checksum of the tensors' bytes, by which a resume knows its images again."""
     checksum = 0
     for tensor in tensors:
-        checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
+        values = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy knows no bf16
+        checksum = zlib.crc32(values.numpy(), checksum)
     return checksum

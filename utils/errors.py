@@ -94,14 +94,17 @@ def exit_status(program, function, *, as_flags=str):
         return 128 + stop.args[0]
     except BrokenPipeError:  # ... | head
         return 0
-    except (ValueError, OSError, Failed) as error:
+    except (ValueError, OSError) as error:
         complain_once(program, as_flags(str(error)))
-        return 1 if isinstance(error, Failed) else 2
+        return 2
+    except Failed as error:
+        complain_once(program, as_flags(str(error)))
+        return 1
     except Exception as error:
         if devices.is_out_of_memory(error):
             remedy = "lower --batch-size, or make the model or the images smaller"
             if program in ("predict.py", "bench.py"):  # which have no such flag
-                remedy = "try --device cpu"
+                remedy = "try --device cpu" if torch.cuda.is_initialized() else "end other programs, or try less"
             complain(program, f"out of memory: {remedy}")
             return 1
         if sys.flags.dev_mode:

@@ -37,7 +37,9 @@ def rebuild(checkpoint: dict, path="the checkpoint") -> torch.nn.Module:
         raise ValueError(f"{path} contradicts itself: a model of {str(sizes)[:200]} for images and classes {described}")
     layers = [sizes.get("depth")]  # a million layers that the weights don't have would take long to build
     for key in ("hidden", "widths"):
-        layers.append(len(sizes[key]) if isinstance(sizes.get(key), (list, tuple)) else 0)
+        if not isinstance(sizes.get(key, ()), (list, tuple, type(None))):
+            raise ValueError(f"{path} contradicts itself: its {key} is a {type(sizes[key]).__name__}")
+        layers.append(len(sizes.get(key) or ()))
     if any(isinstance(count, int) and count > len(checkpoint["state_dict"]) for count in layers):
         raise ValueError(f"{path} contradicts itself: a model of {str(sizes)[:200]} has more layers than its weights")
     try:
@@ -72,9 +74,8 @@ def read_init(path, model: str) -> dict:
     return {"model_args": model_args, "state_dict": state, "classes": None}
 
 
-def fingerprint(path) -> int:
-    """A checksum of the weights in a file for --init or --teacher."""
-    content = checkpoints.load(path, keys={})
+def fingerprint(content: dict) -> int:
+    """A checksum of the weights in a checkpoint, or in a bare state dict."""
     weights = content.get("state_dict", content)
     return checkpoints.fingerprint(*(value for value in weights.values() if isinstance(value, torch.Tensor)))
 
@@ -108,7 +109,7 @@ def load_teacher(path, dataset, device, precision):
             logits = model(images * scale + shift)
         return logits.float()
 
-    teacher.fingerprint = fingerprint(path)  # tells a resumed run if it's the same
+    teacher.fingerprint = fingerprint(checkpoint)  # tells a resumed run if it's the same
     return teacher
 
 

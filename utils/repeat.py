@@ -43,7 +43,7 @@ def repeat(args, run_once) -> int:
             folder.log(text)
             summary["args"] = arguments.plain(args) | {"data": results[0]["args"]["data"]}
             summary["failed_seeds"] = failed
-            summary |= {"command": arguments.typed(), "commit": run_folder.commit()}
+            summary |= {"command": arguments.typed(), "commit": run_folder.in_all(results, "commit")}
             folder.write_result(summary)
     return 1 if failed else 0
 
@@ -58,23 +58,7 @@ def run_seed(args, run_once):
         result = read_result(folder / "result.json")
     if checkpoint or result:
         saved = checkpoint["args"] if checkpoint else result["args"]
-        if saved.get("model") == args.model and saved.keys() != arguments.plain(args).keys():
-            raise ValueError(f"--out {folder.parent} holds runs of another version of train.py: name another")
-        for name in ("init", "teacher"):
-            path = getattr(args, name)
-            known = checkpoint.get(name) if checkpoint else None
-            if path and known and os.path.exists(path) and models.fingerprint(path) != known:
-                changed = f"{arguments.flag_name(name)} {path} has changed since the runs in --out {folder.parent}"
-                raise ValueError(f"{changed}: name another folder")
-        resumable = set(arguments.NO_MATTER)
-        if args.minutes:  # they were measured
-            resumable |= {"epochs", "warmup_epochs"}
-        if "data" not in args.given and saved["data"] == "shapes":  # it had fallen back
-            resumable |= {"data"}
-        for name, value in arguments.plain(args).items():
-            if name not in resumable and json.dumps(value) != json.dumps(saved.get(name)):  # in JSON tuples are lists
-                other = arguments.flag_name(name)
-                raise ValueError(f"--out {folder.parent} holds runs with another {other}: name another")
+        reject_another_run(args, saved, checkpoint or {})
     if result and result["stopped"] != "interrupted":
         dataset, _, _ = build.load_data(arguments.changed(args, data=result["args"]["data"]))
         if checkpoint and checkpoint["images"] != checkpoints.fingerprint(*dataset.train):
@@ -87,11 +71,32 @@ def run_seed(args, run_once):
     return run_once(args, checkpoint)
 
 
+def reject_another_run(args, saved, checkpoint):
+    """Raise ValueError unless a seed's folder holds, with arguments `saved`, the run that is asked for."""
+    held = f"--out {Path(args.out).parent} holds runs"
+    wanted = arguments.plain(args)
+    if saved.get("model") == args.model and saved.keys() != wanted.keys():
+        raise ValueError(f"{held} of another version of train.py: name another")
+    may_differ = set(arguments.NO_MATTER)
+    if args.minutes:  # they were measured
+        may_differ |= {"epochs", "warmup_epochs"}
+    if "data" not in args.given and saved["data"] == "shapes":  # it had fallen back
+        may_differ.add("data")
+    for name, value in wanted.items():
+        if name not in may_differ and json.dumps(value) != json.dumps(saved.get(name)):  # in JSON tuples are lists
+            raise ValueError(f"{held} with another {arguments.flag_name(name)}: name another")
+    for name in ("init", "teacher"):
+        path, known = wanted[name], checkpoint.get(name)  # a checksum; None in a file of an older version
+        if path and known and os.path.exists(path):
+            if models.fingerprint(checkpoints.load(path, keys={})) != known:
+                raise ValueError(f"{held} from before {arguments.flag_name(name)} {path} changed: name another")
+
+
 def read_result(path: Path) -> dict:
     """What a finished or interrupted seed has left. Raises ValueError for anything else."""
     try:
         result = json.loads(path.read_text())
-        for name in (*run_folder.OF_ALL, *run_folder.OF_EACH, "train_pflops"):
+        for name in (*run_folder.OF_ALL, *run_folder.OF_EACH, "train_pflops", "commit"):
             result[name]  # raises KeyError if it's missing
         result["args"]["data"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:

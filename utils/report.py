@@ -16,6 +16,7 @@ Throughout, logits are float (n, classes) and labels int64 (n,), both on the CPU
 
 import io
 import math
+import os
 import warnings
 from pathlib import Path
 
@@ -92,6 +93,14 @@ def as_text(matrix, classes):
     for name, row in zip(classes, matrix.tolist(), strict=True):
         lines.append(f"{name:<{width}}" + "".join(f"  {count or '.':>{cell}}" for count in row))
     return "\n".join(lines)
+
+
+def check_replaceable(path):
+    """Raise ValueError if a file lies there that is no plot of matplotlib's."""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            if b"Matplotlib" not in file.read(200):  # which plots name as their software
+                raise ValueError(f"{path} is no plot, and would be replaced: remove it, or name another file")
 
 
 def new_figure(width, height):

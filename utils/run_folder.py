@@ -75,14 +75,17 @@ class RunFolder(contextlib.AbstractContextManager):
         row = history[-1]
         self.write_metrics(history)
         if self.events:
-            for name, value in row.items():
-                if name not in ("epoch", "step") and not math.isnan(value):
-                    self.events.add_scalar(name, value, row["step"])
-            self.events.flush()
+            self.write_events(row)
         if time.perf_counter() - self.drawn_at > DRAW_EVERY:
             self.draw(history, best)
             self.drawn_at = time.perf_counter()
         self.log(epoch_line(row, epochs, best is row, seconds_left))
+
+    def write_events(self, row: dict):
+        for name, value in row.items():
+            if name not in ("epoch", "step") and not math.isnan(value):
+                self.events.add_scalar(name, value, row["step"])
+        self.events.flush()
 
     def draw(self, history: list, best: dict | None):
         """Draw curves.png. If that fails, log one line and go on."""
@@ -97,8 +100,8 @@ class RunFolder(contextlib.AbstractContextManager):
         except Exception as error:
             self.log(f"no curves.png ({' '.join(str(error).split())[:200]})")
 
-    def open_events(self):
-        """Write TensorBoard events from now on."""
+    def open_events(self, history: list):
+        """Write TensorBoard events: those of the history, again or for the first time, and from now on."""
         if not self.file:
             return
         try:
@@ -106,7 +109,9 @@ class RunFolder(contextlib.AbstractContextManager):
         except ImportError:
             self.log("no TensorBoard events: pip install tensorboard")
             return
-        self.events = SummaryWriter(self.path)
+        self.events = SummaryWriter(self.path, purge_step=0)
+        for row in history:
+            self.write_events(row)
         self.log(f"to follow it: tensorboard --logdir {self.path}")
 
     def remove_if_unused(self):

@@ -103,7 +103,7 @@ def restore(run, progress, checkpoint: dict):
         raise ValueError(f"--resume can't go on with this file and these images: {str(error)[:200]}") from None
     if distributed.rank() == 0:  # the saved totals are sums over all processes
         progress.totals.copy_(checkpoint["totals"])
-    progress.init = checkpoint.get("init", 0)
+    progress.init = checkpoint.get("init")
     progress.step = checkpoint["step"]
     progress.history = checkpoint["history"]
     progress.seconds = checkpoint["seconds"]
@@ -160,7 +160,7 @@ def folder_of_run(run, progress, best: dict | None) -> run_folder.RunFolder:
     return folder
 
 
-def log_beginning(run, folder, checkpoint: dict | None):
+def log_beginning(run, folder, history: list, checkpoint: dict | None):
     """Log what the run is, where a resumed one goes on and which flags have changed, and the folder."""
     args = run.args
     for line in run_folder.describe(run):
@@ -174,4 +174,4 @@ def log_beginning(run, folder, checkpoint: dict | None):
         folder.log(line)
     folder.log(f"writing to {folder.path}")
     if args.tensorboard:
-        folder.open_events()
+        folder.open_events(history)
