@@ -310,7 +310,7 @@ def read_images(paths) -> Tensor:
 
 
 def show(images: Tensor, path, **options) -> None:
-    """Plot images, what each of the options of `batches` does to them, and what all do together, into a file."""
+    """Plot images, what each of the options of `batches` does to them, and what all do together, into a PNG file."""
     from PIL import Image, ImageDraw, PngImagePlugin
 
     n = len(images)
@@ -355,12 +355,8 @@ def main():
     args = parser.parse_args()
     if not args.show.lower().endswith(".png"):
         parser.error(f"--show {args.show} must end in .png")
-    if os.path.exists(args.show):
-        if not os.path.isfile(args.show):
-            parser.error(f"--show {args.show} is no file: name another one")
-        with open(args.show, "rb") as file:
-            if MARK.encode() not in file.read(200):
-                parser.error(f"--show {args.show} is no plot of augment.py: name another file")
+    if os.path.exists(args.show) and not os.path.isfile(args.show):
+        parser.error(f"--show {args.show} is no file: name another one")
     options = {"augment": args.augment} if args.augment != "none" else {}
     for name, most in {"crop_pad": 1000, "flip": 1, "reprob": 1, "mixup": 1000, "cutmix": 1000}.items():
         value = getattr(args, name)
@@ -373,6 +369,10 @@ def main():
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # of large or half transparent images, which it reads
+            if os.path.exists(args.show):
+                with open(args.show, "rb") as file:
+                    if MARK.encode() not in file.read(200):
+                        raise ValueError(f"--show {args.show} is no plot of augment.py: name another file")
             show(read_images(args.images), args.show, **options)
     except ImportError as error:
         parser.exit(1, f"augment.py: error: there is no {error.name}: pip install pillow numpy\n")

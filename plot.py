@@ -123,13 +123,13 @@ def collect(folders):
         groups.setdefault(name, []).append((folder, result))
     runs, best = {}, {}
     for name, group in groups.items():
-        whole = [run for run in group if run[1].get("stopped") not in ("non-finite loss", "interrupted")]
-        if 0 < len(whole) < len(group):  # as in the means of --runs and compare.py
-            for folder in sorted({folder for folder, _ in group} - {folder for folder, _ in whole}):
+        are_seeds = len(group) > 1 and len({str(result.get("seed")) for _, result in group}) == len(group)
+        failed = [run for run in group if run[1].get("stopped") in ("non-finite loss", "interrupted")]
+        if are_seeds and len(failed) < len(group):  # as in the means of --runs and compare.py
+            for folder, _ in failed:
                 note(f"{folder} is left out of the mean: it diverged or was interrupted")
-            group = whole
-        seeds = {str(result.get("seed")) for _, result in group}
-        if len(group) > 1 and len(seeds) == len(group):
+            group = [run for run in group if run not in failed]
+        if are_seeds and len(group) > 1:
             name = f"{name or group[0][0]} (mean \N{PLUS-MINUS SIGN} sd of {len(group)} seeds)"
             runs[name] = [row for folder, _ in group for row in read(folder)]
             continue
@@ -217,7 +217,13 @@ def draw(runs, path, best=None):
 
     if len(runs) > len(COLOURS):
         raise ValueError(f"{len(runs)} curves are too many to tell apart in one figure: at most {len(COLOURS)}")
-    columns = min(len(runs), max(1, 130 // (max(map(len, runs)) + 8)))  # of the names above the plots
+    labels = {}
+    for name, rows in runs.items():
+        labels[name] = name.encode("utf-8", "backslashreplace").decode()  # matplotlib can't draw what is no UTF-8
+        shortest = mean_and_spread(rows, "lr")[0][-1]
+        if shortest < max(row["epoch"] for row in rows):
+            labels[name] += f", to epoch {shortest:g}, where the first ends"
+    columns = min(len(runs), max(1, 130 // (max(map(len, labels.values())) + 8)))  # of the names above the plots
     figure = Figure(figsize=(10, 3.5 + 0.22 * math.ceil(len(runs) / columns)), layout="constrained")
     axes = figure.subplots(1, 3)
     best = {name: (best or {}).get(name) or best_epoch(rows) for name, rows in runs.items()}
@@ -237,11 +243,7 @@ def draw(runs, path, best=None):
 
     names = []
     for name, colour in zip(runs, COLOURS, strict=False):
-        label = name.encode("utf-8", "backslashreplace").decode()  # matplotlib can't draw what is no UTF-8
-        shortest = mean_and_spread(runs[name], "lr")[0][-1]
-        if shortest < max(row["epoch"] for row in runs[name]):
-            label += f", to epoch {shortest:g}, where the first ends"
-        names.append(Line2D([], [], color=colour, linewidth=5, label=label))
+        names.append(Line2D([], [], color=colour, linewidth=5, label=labels[name]))
     legend = figure.legend(handles=names, loc="outside upper center", ncols=columns, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a $ in a folder's name is a $

@@ -905,6 +905,7 @@ def test_pickles_that_end_the_interpreter_or_fill_the_memory_are_one_line(tiny, 
     with_pickle("wide.pt", b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"}h\x00K\x01s.")
     with_pickle("large.pt", b"\x80\x02}ctorch\nTensor\n]\x85R.")
     with_pickle("call.pt", b"\x80\x02]q\x00" + b"]q\x00h\x00a" * 60 + b")R.")
+    with_pickle("name.pt", b"\x80\x02(]q\x00" + b"X\x01\x00\x00\x00x" * 4 + b"tQ.")
     encode = b"c_codecs\nencode\n"
     with_pickle(
         "bomb.pt", b"\x80\x02}" + encode * 100 + b"X\x01\x00\x00\x00x" + b"X\x03\x00\x00\x00hex\x86R" * 100 + b"."
@@ -916,6 +917,7 @@ def test_pickles_that_end_the_interpreter_or_fill_the_memory_are_one_line(tiny, 
         ("bomb.pt", "it holds a _codecs.encode"),
         ("large.pt", "it holds a torch.Tensor"),
         ("call.pt", "it calls what is no function"),
+        ("name.pt", "it names no storage"),
     ):
         for use in (["--eval"], ["--resume"], [*TINY_MLP, "--init"], [*TINY_MLP, "--teacher"]):
             assert call(*use, name) == 2
@@ -1807,6 +1809,9 @@ def test_a_dict_with_methods_of_its_own_hides_nothing(tiny):
     with_pickle("odd.pt", b"\x80\x02" + counter + b"}X\x05\x00\x00\x00itemsccollections\nOrderedDict\nsb.")
     with pytest.raises(ValueError, match="it is no plain dict"):
         checkpoints.load("odd.pt", keys={})
+    with_pickle("odd.pt", b"\x80\x02" + counter + b"}X\x03\x00\x00\x00getK\x01sb.")
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        checkpoints.load("odd.pt")
 
 
 def test_what_lies_beside_the_weights_of_a_checkpoint_does_not_reach_torch(tiny):
@@ -1883,6 +1888,8 @@ def test_a_seed_that_diverged_is_no_part_of_a_plotted_mean(tiny, capsys):
     runs, _ = plot.collect(plot.with_metrics(["many"]))
     assert [len(rows) for rows in runs.values()] == [4] and "of 2 seeds" in next(iter(runs))
     one_line(capsys, "many/seed-2 is left out of the mean")
+    assert len(plot.collect(["many/seed-2", "many/seed-2/../seed-2"])[0]) == 2  # of one seed: no mean
+    assert capsys.readouterr().err == ""
 
 
 def test_results_name_the_code_of_all_their_runs(tiny, monkeypatch):

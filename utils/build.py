@@ -102,8 +102,10 @@ def make_model(args, dataset, train_set, device):
 
 def on_device(split, device):
     """Move a split to the device, where batches are augmented, unless it takes over half of a GPU's free memory."""
-    if device.type == "cuda" and split.images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return split
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of a run before this one
+        if split.images.nbytes > (torch.cuda.mem_get_info(device)[0] + cached) / 2:
+            return split
     return data.Split(split.images.to(device), split.labels.to(device))
 
 

@@ -70,6 +70,10 @@ HARMLESS = re.compile(
 
 # Words in errors that mean: another process of the group has died or hangs.
 LOST_PROCESS = "gloo|nccl|closed by peer|connection (reset|refused)|timed out"
+# Words in errors for which no file is to blame.
+NOT_ITS_FAULT = re.compile(
+    f"out of memory|can't allocate memory|CUDA error|CUDNN_STATUS|CUBLAS_STATUS|{LOST_PROCESS}", re.IGNORECASE
+)
 
 
 def save(content: dict, path):
@@ -174,12 +178,10 @@ def _check_directory(path, size):
         file.seek(max(0, size - 98))
         end = file.read(98)
     if len(end) == 98:
-        signature, *_, length, start = struct.unpack("<4sQHHIIQQQQ", end[:56])
-        locator, _, at, _ = struct.unpack("<4sIQI", end[56:76])
-        if (signature, locator, end[76:80]) == (b"PK\6\6", b"PK\6\7", b"PK\5\6"):
-            if at == start + length == size - 98:
-                return
-    raise ValueError("it doesn't end as the files of torch.save do")
+        first, length, start, second, at, third = struct.unpack("<4s36xQQ4s4xQ4x4s18x", end)
+        if (first, second, third) == (b"PK\6\6", b"PK\6\7", b"PK\5\6") and at == start + length == size - 98:
+            return
+    raise ValueError("it doesn't end as the files of torch.save do, since torch 1.6: save it again")
 
 
 def _copied(content):
@@ -221,11 +223,14 @@ def _inspect(pickled: bytes):
             del stack[start:]
             if opcode.name in ("REDUCE", "NEWOBJ") and not taken[0][2]:  # torch's message would show all of it
                 raise ValueError("it calls what is no function")
+            if opcode.name == "BINPERSID" and taken[0][1] != 6:  # torch's has five parts, its messages show them, too
+                raise ValueError("it names no storage")
             depths = [1 + depth for depth, _, _ in taken]
             if opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"):
                 depths[0] -= 1  # the others go into the first one
             depth = max(depths, default=0)
-            size = 1 + sum(size for _, size, _ in taken)
+            grows = opcode.name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET")  # larger, so no part of a storage's name
+            size = 1 + grows + sum(size for _, size, _ in taken)
             if depth > DEEPEST_PICKLE or size > 10 * MOST_VALUES:
                 raise ValueError("its objects lie too deep or too often within each other")
             stack += [(depth, size, opcode.name == "GLOBAL")] * len(opcode.stack_after)
@@ -238,7 +243,7 @@ def validate(path, content, keys: dict, size: int):
     """
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a checkpoint of this train.py: it holds no names")
-    wrong = [name for name in keys if not isinstance(content.get(name), keys[name])]
+    wrong = [name for name in keys if not isinstance(dict.get(content, name), keys[name])]
     if wrong:
         if keys == RESUME_KEYS and not KEYS.keys() & set(wrong):
             remedy = "name that, or start a new run from these weights with --init"
@@ -270,9 +275,8 @@ def _walk(content, size, tensors=True):
         if seen > MOST_VALUES or depth > DEEPEST:
             raise ValueError(f"{name} holds more values than any run leaves there")
         if isinstance(value, torch.Tensor) and tensors:
-            if value.layout != torch.strided or value.dtype not in DTYPES or value.device.type != "cpu":
-                raise ValueError(f"{name} is no plain tensor")
-            if value.is_neg() or value.is_conj():
+            is_dense = value.layout == torch.strided and not value.is_neg()
+            if not is_dense or value.dtype not in DTYPES or value.device.type != "cpu":
                 raise ValueError(f"{name} is no plain tensor")
             dense = value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
             held += value.nbytes  # shared memory counts for each tensor: most models allocate each
@@ -459,15 +463,14 @@ def _check_lbfgs(optimizer, saved):
 def blaming(path):
     """Turn errors in this context into a ValueError that blames the checkpoint at `path`, unless that is None.
 
-    Errors of running out of memory or of losing another process pass through.
+    Errors of running out of memory, of the device or of losing another process pass through.
     """
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        text = str(error)
-        if path is None or re.search(f"out of memory|can't allocate memory|{LOST_PROCESS}", text, re.IGNORECASE):
+        if path is None or NOT_ITS_FAULT.search(str(error)):
             raise
-        raise ValueError(f"{path} holds what no run leaves there: {type(error).__name__}: {text[:200]}") from None
+        raise ValueError(f"{path} holds what no run leaves there: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 def fingerprint(*tensors: torch.Tensor) -> int:

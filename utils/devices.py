@@ -111,4 +111,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Does an exception say so? On the CPU torch has no class for it, and CUDA's own calls have another one."""
     text = str(error).lower()
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "can't allocate memory" in text or "out of memory" in text
+    return known or any(words in text for words in ("can't allocate memory", "out of memory", "alloc_failed"))

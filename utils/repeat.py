@@ -88,7 +88,9 @@ def reject_another_run(args, saved, checkpoint):
     for name in ("init", "teacher"):
         path, known = wanted[name], checkpoint.get(name)  # a checksum; None in a file of an older version
         if path and known and os.path.exists(path):
-            if models.fingerprint(checkpoints.load(path, keys={})) != known:
+            with checkpoints.blaming(path):
+                now = models.fingerprint(checkpoints.load(path, keys={}))
+            if now != known:
                 raise ValueError(f"{held} from before {arguments.flag_name(name)} {path} changed: name another")
 
 

@@ -75,16 +75,17 @@ class RunFolder(contextlib.AbstractContextManager):
         row = history[-1]
         self.write_metrics(history)
         if self.events:
-            self.write_events(row)
+            self.write_events([row])
         if time.perf_counter() - self.drawn_at > DRAW_EVERY:
             self.draw(history, best)
             self.drawn_at = time.perf_counter()
         self.log(epoch_line(row, epochs, best is row, seconds_left))
 
-    def write_events(self, row: dict):
-        for name, value in row.items():
-            if name not in ("epoch", "step") and not math.isnan(value):
-                self.events.add_scalar(name, value, row["step"])
+    def write_events(self, rows: list):
+        for row in rows:
+            for name, value in row.items():
+                if name not in ("epoch", "step") and not math.isnan(value):
+                    self.events.add_scalar(name, value, row["step"])
         self.events.flush()
 
     def draw(self, history: list, best: dict | None):
@@ -110,8 +111,7 @@ class RunFolder(contextlib.AbstractContextManager):
             self.log("no TensorBoard events: pip install tensorboard")
             return
         self.events = SummaryWriter(self.path, purge_step=0)
-        for row in history:
-            self.write_events(row)
+        self.write_events(history)
         self.log(f"to follow it: tensorboard --logdir {self.path}")
 
     def remove_if_unused(self):

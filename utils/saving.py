@@ -98,7 +98,7 @@ def restore(run, progress, checkpoint: dict):
         if distributed.rank() < processes:  # else there is none for this one: its dropout starts afresh
             devices.restore_rng(checkpoint["rng"][distributed.rank()], run.device)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        if devices.is_out_of_memory(error):
+        if checkpoints.NOT_ITS_FAULT.search(str(error)):
             raise
         raise ValueError(f"--resume can't go on with this file and these images: {str(error)[:200]}") from None
     if distributed.rank() == 0:  # the saved totals are sums over all processes
