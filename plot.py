@@ -116,22 +116,19 @@ def note(text):
 
 def collect(folders):
     """Read several runs: (name -> rows, name -> best epoch). The rows of runs that differ in the seed are joined."""
-    folders = [str(Path(folder)) for folder in dict.fromkeys(folders)]
+    folders = list(dict.fromkeys(str(Path(folder)) for folder in folders))
     results = [read_result(folder) for folder in folders]
     groups = {}
     for name, folder, result in zip(short_names([r["args"] for r in results]), folders, results, strict=True):
         groups.setdefault(name, []).append((folder, result))
     runs, best = {}, {}
     for name, group in groups.items():
-        are_seeds = len(group) > 1 and len({str(result.get("seed")) for _, result in group}) == len(group)
-        failed = [run for run in group if run[1].get("stopped") in ("non-finite loss", "interrupted")]
-        if are_seeds and len(failed) < len(group):  # as in the means of --runs and compare.py
-            for folder, _ in failed:
+        whole = [run for run in group if run[1].get("stopped") not in ("non-finite loss", "interrupted")] or group
+        if 1 < len(whole) == len({str(result.get("seed")) for _, result in whole}):  # as in the means of --runs
+            for folder, _ in [run for run in group if run not in whole]:
                 note(f"{folder} is left out of the mean: it diverged or was interrupted")
-            group = [run for run in group if run not in failed]
-        if are_seeds and len(group) > 1:
-            name = f"{name or group[0][0]} (mean \N{PLUS-MINUS SIGN} sd of {len(group)} seeds)"
-            runs[name] = [row for folder, _ in group for row in read(folder)]
+            name = f"{name or whole[0][0]} (mean \N{PLUS-MINUS SIGN} sd of {len(whole)} seeds)"
+            runs[name] = [row for folder, _ in whole for row in read(folder)]
             continue
         for folder, result in group:
             name = folder if len(group) > 1 else name or folder
@@ -217,13 +214,14 @@ def draw(runs, path, best=None):
 
     if len(runs) > len(COLOURS):
         raise ValueError(f"{len(runs)} curves are too many to tell apart in one figure: at most {len(COLOURS)}")
-    labels = {}
+    labels = []
     for name, rows in runs.items():
-        labels[name] = name.encode("utf-8", "backslashreplace").decode()  # matplotlib can't draw what is no UTF-8
+        label = name.encode("utf-8", "backslashreplace").decode()  # matplotlib can't draw what is no UTF-8
         shortest = mean_and_spread(rows, "lr")[0][-1]
         if shortest < max(row["epoch"] for row in rows):
-            labels[name] += f", to epoch {shortest:g}, where the first ends"
-    columns = min(len(runs), max(1, 130 // (max(map(len, labels.values())) + 8)))  # of the names above the plots
+            label += f", to epoch {shortest:g}, where the first ends"
+        labels.append(label)
+    columns = min(len(runs), max(1, 130 // (max(map(len, labels)) + 8)))  # of the names above the plots
     figure = Figure(figsize=(10, 3.5 + 0.22 * math.ceil(len(runs) / columns)), layout="constrained")
     axes = figure.subplots(1, 3)
     best = {name: (best or {}).get(name) or best_epoch(rows) for name, rows in runs.items()}
@@ -241,9 +239,8 @@ def draw(runs, path, best=None):
     if losses and max(losses) > 20 * statistics.median(losses) > 0:
         axes[0].set_yscale("log")  # one spike would flatten all the rest
 
-    names = []
-    for name, colour in zip(runs, COLOURS, strict=False):
-        names.append(Line2D([], [], color=colour, linewidth=5, label=labels[name]))
+    pairs = zip(labels, COLOURS, strict=False)
+    names = [Line2D([], [], color=colour, linewidth=5, label=label) for label, colour in pairs]
     legend = figure.legend(handles=names, loc="outside upper center", ncols=columns, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a $ in a folder's name is a $

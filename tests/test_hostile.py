@@ -1888,8 +1888,13 @@ def test_a_seed_that_diverged_is_no_part_of_a_plotted_mean(tiny, capsys):
     runs, _ = plot.collect(plot.with_metrics(["many"]))
     assert [len(rows) for rows in runs.values()] == [4] and "of 2 seeds" in next(iter(runs))
     one_line(capsys, "many/seed-2 is left out of the mean")
-    assert len(plot.collect(["many/seed-2", "many/seed-2/../seed-2"])[0]) == 2  # of one seed: no mean
-    assert capsys.readouterr().err == ""
+    assert len(plot.collect(["many/seed-0", "many/seed-2"])[0]) == 2 and capsys.readouterr().err == ""  # no mean
+    shutil.copytree("many/seed-1", "again")
+    path = Path("again/result.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stopped": "interrupted"}))
+    runs, _ = plot.collect(["many/seed-0", "many/seed-1", "again"])
+    assert len(runs) == 1 and "of 2 seeds" in next(iter(runs))
+    one_line(capsys, "again is left out of the mean")
 
 
 def test_results_name_the_code_of_all_their_runs(tiny, monkeypatch):
@@ -1913,3 +1918,15 @@ def test_a_schedule_that_cannot_act_in_the_time_is_said(tiny, capsys):
     more = "--minutes 0.01 --sched step --step-size 1e6 --out run".split()
     assert call(*flags, *more) == 0
     assert "note: --step-size 1e+06 can't take effect in" in capsys.readouterr().out
+
+
+def test_an_error_of_the_device_is_not_blamed_on_a_file(tiny, monkeypatch, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+
+    def prepare(args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    capsys.readouterr()
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 2
+    one_line(capsys, "RuntimeError: CUDA error: an illegal memory access was encountered (test_hostile.py")

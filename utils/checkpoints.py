@@ -69,7 +69,7 @@ HARMLESS = re.compile(
 )
 
 # Words in errors that mean: another process of the group has died or hangs.
-LOST_PROCESS = "gloo|nccl|closed by peer|connection (reset|refused)|timed out"
+LOST_PROCESS = r"\bgloo|\bnccl|closed by peer|connection (reset|refused)|timed out"
 # Words in errors for which no file is to blame.
 NOT_ITS_FAULT = re.compile(
     f"out of memory|can't allocate memory|CUDA error|CUDNN_STATUS|CUBLAS_STATUS|{LOST_PROCESS}", re.IGNORECASE
@@ -181,7 +181,7 @@ def _check_directory(path, size):
         first, length, start, second, at, third = struct.unpack("<4s36xQQ4s4xQ4x4s18x", end)
         if (first, second, third) == (b"PK\6\6", b"PK\6\7", b"PK\5\6") and at == start + length == size - 98:
             return
-    raise ValueError("it doesn't end as the files of torch.save do, since torch 1.6: save it again")
+    raise ValueError("it doesn't end as the files of torch.save do: it is cut short, or of another format")
 
 
 def _copied(content):
@@ -229,7 +229,7 @@ def _inspect(pickled: bytes):
             if opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"):
                 depths[0] -= 1  # the others go into the first one
             depth = max(depths, default=0)
-            grows = opcode.name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET")  # larger, so no part of a storage's name
+            grows = opcode.name.startswith("EMPTY_")  # an empty list may grow: counted as two, it names no storage
             size = 1 + grows + sum(size for _, size, _ in taken)
             if depth > DEEPEST_PICKLE or size > 10 * MOST_VALUES:
                 raise ValueError("its objects lie too deep or too often within each other")
@@ -273,10 +273,10 @@ def _walk(content, size, tensors=True):
         value, depth, name = stack.pop()
         seen += 1
         if seen > MOST_VALUES or depth > DEEPEST:
-            raise ValueError(f"{name} holds more values than any run leaves there")
+            raise ValueError(f"{name} holds more values, or deeper ones, than any run leaves there")
         if isinstance(value, torch.Tensor) and tensors:
-            is_dense = value.layout == torch.strided and not value.is_neg()
-            if not is_dense or value.dtype not in DTYPES or value.device.type != "cpu":
+            plain = value.layout == torch.strided and value.dtype in DTYPES and value.device.type == "cpu"
+            if not plain or value.is_neg():
                 raise ValueError(f"{name} is no plain tensor")
             dense = value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
             held += value.nbytes  # shared memory counts for each tensor: most models allocate each

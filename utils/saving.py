@@ -97,9 +97,7 @@ def restore(run, progress, checkpoint: dict):
             run.scaler.load_state_dict(checkpoint["scaler"])
         if distributed.rank() < processes:  # else there is none for this one: its dropout starts afresh
             devices.restore_rng(checkpoint["rng"][distributed.rank()], run.device)
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        if checkpoints.NOT_ITS_FAULT.search(str(error)):
-            raise
+    except ValueError as error:
         raise ValueError(f"--resume can't go on with this file and these images: {str(error)[:200]}") from None
     if distributed.rank() == 0:  # the saved totals are sums over all processes
         progress.totals.copy_(checkpoint["totals"])
