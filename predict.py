@@ -222,18 +222,23 @@ def held_out(checkpoint, dataset):
         return data.split(dataset.train, run["val_split"], run["seed"])[1]
 
 
+def check_folder(out, images):
+    """Reject a folder for the plots of a report that would harm other files, or the images that it reads."""
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"--out {out} is no folder: name another one")
+    arguments.reject_among_images("--out", out, images)
+    for name in ("confusion.png", "mistakes.png", "reliability.png"):
+        checkpoints.check_not_in_the_way(out / name)
+        report.check_replaceable(out / name)
+
+
 def print_report(args, checkpoint, model, device):
     """--report: results on the test images as text or JSON, and three plots."""
     data_dir = args.data_dir or "data"
     arguments.reject_among_images("--data-dir", data_dir, args.report)
     dataset = models.dataset_for(checkpoint, args.report, data_dir, args.checkpoint)
     out = Path(args.out or Path(args.checkpoint).parent / f"report-{dataset.name}")
-    if os.path.lexists(out) and not out.is_dir():
-        raise ValueError(f"--out {out} is no folder: name another one")
-    arguments.reject_among_images("--out", out, args.report)
-    for name in ("confusion.png", "mistakes.png", "reliability.png"):
-        checkpoints.check_not_in_the_way(out / name)
-        report.check_replaceable(out / name)
+    check_folder(out, args.report)
     if dataset.note:
         log(f"note: {errors.one_line(dataset.note)}")
     images, labels = dataset.test
