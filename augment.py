@@ -50,7 +50,7 @@ def to_device(tensor: Tensor, device) -> Tensor:
 
 
 def bounds(n: int, batch_size: int, least: int = 1) -> list[tuple[int, int]]:
-    """Return (start, stop) of each batch of n images. A last batch of fewer than `least` joins the one before."""
+    """Return (start, stop) of each batch of n images. A last batch of fewer than `least` is added to the one before."""
     edges = [(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
     if len(edges) > 1 and n - edges[-1][0] < least:
         edges.pop()

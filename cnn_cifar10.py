@@ -132,7 +132,8 @@ class CNN(nn.Module):
         """Set the filters of the first layer by some images, as forward takes them, and freeze them ("residual" only).
 
         They become the principal directions of all 2x2 patches, scaled so that each of their outputs has mean square 1,
-        and their negatives: the layers above get inputs without the correlation of neighbouring pixels.
+        and their negatives: the layers above get inputs without the correlation of neighbouring pixels. Call it before
+        the optimizer is made. A state dict holds the filters, not that they are frozen.
         """
         if not self.fixed:
             return

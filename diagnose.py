@@ -29,7 +29,7 @@ import train
 from utils import arguments, build, errors, evaluation, finetune, report
 
 FEW = 5  # steps of --find-lr whose smoothed loss is that of too few batches
-RATES = [1e-7 * 10 ** (i / 12) for i in range(97)]  # of --find-lr, from 1e-7 to 10
+LRS = [1e-7 * 10 ** (i / 12) for i in range(97)]  # of --find-lr, from 1e-7 to 10
 
 
 def parse_args(argv=None):
@@ -257,9 +257,9 @@ def find_lr(run):
     if the loss isn't finite from the first steps on.
     """
     trial = build.trial(run)
-    steps = descend(trial, [lr / run.args.lr for lr in RATES], build.training_batches(trial, 0))
+    steps = descend(trial, [lr / run.args.lr for lr in LRS], build.training_batches(trial, 0))
     smooth, mean = [], 0.0
-    steps = data.progress_bar(steps, total=len(RATES), desc="find-lr", unit=" steps")
+    steps = data.progress_bar(steps, total=len(LRS), desc="find-lr", unit=" steps")
     for step, (loss_sum, _, images) in enumerate(steps, start=1):
         mean += 0.2 * (loss_sum / images - mean)
         value = mean / (1 - 0.8**step)  # as the mean began at 0
@@ -275,7 +275,7 @@ def find_lr(run):
     lowest = smooth.index(min(smooth[FEW - 1 :]), FEW - 1)
     # Over four steps: one loss alone is noisy.
     fastest = max(range(4, lowest + 1), key=lambda i: smooth[i - 4] - smooth[i])
-    return RATES[: len(smooth)], smooth, math.sqrt(RATES[fastest] * RATES[lowest] / 10)
+    return LRS[: len(smooth)], smooth, math.sqrt(LRS[fastest] * LRS[lowest] / 10)
 
 
 def suggest(run, path):

@@ -13,7 +13,7 @@ mixed. Cross-entropy contains the softmax, so a model must not end with one. The
 softmax their gradient vanishes for confident mistakes.
 
 Each is a mean over the images, so the loss of a batch is the sum of those of its micro-batches, each times
-len(micro_batch) / len(batch).
+len(micro_batch) / len(batch). Labels are 0..classes - 1, none is ignored.
 """
 
 import math
@@ -108,8 +108,8 @@ def parse(expression: str, smoothing: float = 0.0) -> Callable[[torch.Tensor, to
 def distillation(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """How far softmax(logits / T) is from the teacher's: T^2 * KL(teacher, student), mean over images.
 
-    arXiv:1503.02531. A higher temperature T shows more of what the teacher thinks of the wrong classes; T^2 keeps the
-    size of the gradient.
+    arXiv:1503.02531. Compute the teacher's logits under torch.no_grad(). A higher temperature T shows more of what the
+    teacher thinks of the wrong classes; T^2 keeps the size of the gradient.
     """
     student = F.log_softmax(logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)

@@ -115,7 +115,7 @@ def note(text):
 
 
 def collect(folders):
-    """Read several runs: (name -> rows, name -> best epoch). The rows of runs that differ in the seed are joined."""
+    """Read several runs: (name -> rows, name -> best epoch). Runs that differ in the seed become one curve."""
     folders = list(dict.fromkeys(str(Path(folder)) for folder in folders))
     results = [read_result(folder) for folder in folders]
     groups = {}
@@ -219,7 +219,7 @@ def draw(runs, path, best=None):
         label = name.encode("utf-8", "backslashreplace").decode()  # matplotlib can't draw what is no UTF-8
         shortest = mean_and_spread(rows, "lr")[0][-1]
         if shortest < max(row["epoch"] for row in rows):
-            label += f", to epoch {shortest:g}, where the first ends"
+            label += f" (to epoch {shortest:g}, its shortest run)"
         labels.append(label)
     columns = min(len(runs), max(1, 130 // (max(map(len, labels)) + 8)))  # of the names above the plots
     figure = Figure(figsize=(10, 3.5 + 0.22 * math.ceil(len(runs) / columns)), layout="constrained")

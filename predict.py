@@ -142,7 +142,7 @@ def read(path, checkpoint, invert):
 
 
 def is_dark_on_light(image, checkpoint):
-    """Is the border of a grey image light, while the model has learned light figures on dark?"""
+    """Is the border of a grey image light, while the model has learned light digits on dark?"""
     border = torch.cat((image[0, 0], image[0, -1], image[0, :, 0], image[0, :, -1]))
     measured = checkpoint["channels"] == 1 and not checkpoint["args"].get("mean")
     return measured and checkpoint["mean"][0] < 1 / 3 and border.median().item() > 127

@@ -159,7 +159,7 @@ def schedule(
     t_mult: int = 1,
     patience_epochs: int = 10,
     mode: str = "max",
-) -> Callable[[float, Sequence[float]], float]:
+) -> Callable[..., float]:
     """Build a schedule: a function `multiplier(epoch, values=())` of each group's initial learning rate.
 
     `epoch` is a float, the epochs trained so far; `values` are the monitored values so far, one per epoch (read by

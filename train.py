@@ -77,7 +77,7 @@ class Run:
 
     @cached_property
     def batch_sizes(self):
-        """The sizes of an epoch's batches. A last batch that would be too small joins the one before."""
+        """The sizes of an epoch's batches. A last batch that would be too small is added to the one before."""
         least = self.least_per_batch(distributed.world_size())
         bounds = augment.bounds(len(self.train_set.labels), self.args.batch_size, least)
         return [stop - start for start, stop in bounds]

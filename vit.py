@@ -64,7 +64,7 @@ class DropPath(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.p
+        keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.p
         return x * keep / (1 - self.p)
 
 
@@ -153,8 +153,6 @@ class ViT(nn.Module):
     Raises ValueError if the patch doesn't divide the image, the heads don't divide dim, or forward gets another size.
     """
 
-    no_weight_decay = ("cls_token", "pos_embedding")  # learned inputs rather than weights of a layer
-
     def __init__(
         self,
         *,
@@ -227,6 +225,10 @@ class ViT(nn.Module):
         if args["stem"] == "conv" and self.patch_size not in squares:
             rule = "must be 2, 4, 8 ... up to dim: stem conv halves the image"
             raise ValueError(f"patch_size {args['patch_size']} {rule}")
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters to spare: learned inputs rather than weights of a layer."""
+        return {"cls_token", "pos_embedding"}
 
     def layer_of(self, name: str) -> int:
         """The layer of a parameter: the embeddings (a stem's convolutions one by one), then blocks, norm and head."""

@@ -190,3 +190,10 @@ def test_freeze_takes_whole_parts_of_names():
     model = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(11)))
     finetune.freeze(model, ["1"])
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["1.weight", "1.bias"]
+
+
+def test_a_tied_layer_is_frozen_by_either_name():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    finetune.freeze(model, ["1"])
+    assert [p.requires_grad for p in (model[0].weight, model[0].bias, model[1].bias)] == [False, True, False]

@@ -906,6 +906,7 @@ def test_pickles_that_end_the_interpreter_or_fill_the_memory_are_one_line(tiny, 
     with_pickle("large.pt", b"\x80\x02}ctorch\nTensor\n]\x85R.")
     with_pickle("call.pt", b"\x80\x02]q\x00" + b"]q\x00h\x00a" * 60 + b")R.")
     with_pickle("name.pt", b"\x80\x02(]q\x00" + b"X\x01\x00\x00\x00x" * 4 + b"tQ.")
+    with_pickle("short.pt", b"\x80\x02(]q\x00" + b"X\x01\x00\x00\x00x" * 3 + b"tQ.")
     encode = b"c_codecs\nencode\n"
     with_pickle(
         "bomb.pt", b"\x80\x02}" + encode * 100 + b"X\x01\x00\x00\x00x" + b"X\x03\x00\x00\x00hex\x86R" * 100 + b"."
@@ -918,6 +919,7 @@ def test_pickles_that_end_the_interpreter_or_fill_the_memory_are_one_line(tiny, 
         ("large.pt", "it holds a torch.Tensor"),
         ("call.pt", "it calls what is no function"),
         ("name.pt", "it names no storage"),
+        ("short.pt", "it names no storage"),
     ):
         for use in (["--eval"], ["--resume"], [*TINY_MLP, "--init"], [*TINY_MLP, "--teacher"]):
             assert call(*use, name) == 2

@@ -119,3 +119,15 @@ def test_average_equals_one_by_hand():
     assert all(p.requires_grad for p in model.parameters()) and model.training
     with pytest.raises(ValueError, match="decay 1 must"):
         ema.Ema(model, 1)
+
+
+def test_a_mask_of_infinities_has_no_average():
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1))
+    average = ema.Ema(model, decay=0.5)
+    before = average.model.weight.clone()
+    with torch.no_grad():
+        model.weight += 1
+    average.update(model)
+    assert torch.equal(average.model.mask, model.mask)
+    assert torch.allclose(average.model.weight, before + 0.9)

@@ -161,3 +161,12 @@ def test_an_mlp_without_hidden_layers_is_linear():
     images = images_for(model)
     assert count(model) == 7850 and torch.equal(model(images), linear(images.flatten(1)))
     assert model.head.weight.abs().max() > 0  # it starts as torch starts it
+
+
+def test_drop_path_drops_whole_images_of_any_shape():
+    torch.manual_seed(0)
+    path = vit.DropPath(0.5)
+    for shape in ((64, 64, 8, 8), (64, 10, 7), (64, 5)):
+        kept = path(torch.ones(shape)).flatten(1)
+        assert kept.shape == (64, math.prod(shape[1:])) and (kept == kept[:, :1]).all()
+        assert set(kept[:, 0].tolist()) == {0.0, 2.0}

@@ -69,7 +69,7 @@ HARMLESS = re.compile(
 )
 
 # Words in errors that mean: another process of the group has died or hangs.
-LOST_PROCESS = r"\bgloo|\bnccl|closed by peer|connection (reset|refused)|timed out"
+LOST_PROCESS = r"\b(processgroup|work)?(gloo|nccl)|closed by peer|connection (reset|refused)|timed out"
 # Words in errors for which no file is to blame.
 NOT_ITS_FAULT = re.compile(
     f"out of memory|can't allocate memory|CUDA error|CUDNN_STATUS|CUBLAS_STATUS|{LOST_PROCESS}", re.IGNORECASE
@@ -181,7 +181,7 @@ def _check_directory(path, size):
         first, length, start, second, at, third = struct.unpack("<4s36xQQ4s4xQ4x4s18x", end)
         if (first, second, third) == (b"PK\6\6", b"PK\6\7", b"PK\5\6") and at == start + length == size - 98:
             return
-    raise ValueError("it doesn't end as the files of torch.save do: it is cut short, or of another format")
+    raise ValueError("it doesn't end as the files of torch.save do: if not cut short, save it again with torch.save")
 
 
 def _copied(content):
@@ -223,14 +223,13 @@ def _inspect(pickled: bytes):
             del stack[start:]
             if opcode.name in ("REDUCE", "NEWOBJ") and not taken[0][2]:  # torch's message would show all of it
                 raise ValueError("it calls what is no function")
-            if opcode.name == "BINPERSID" and taken[0][1] != 6:  # torch's has five parts, its messages show them, too
+            if opcode.name == "BINPERSID" and taken[0][:2] != (1, 6):  # not five plain values, shown by messages, too
                 raise ValueError("it names no storage")
             depths = [1 + depth for depth, _, _ in taken]
             if opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"):
                 depths[0] -= 1  # the others go into the first one
-            depth = max(depths, default=0)
-            grows = opcode.name.startswith("EMPTY_")  # an empty list may grow: counted as two, it names no storage
-            size = 1 + grows + sum(size for _, size, _ in taken)
+            depth = max(depths, default=int(opcode.name.startswith("EMPTY_")))  # 0 for a plain value
+            size = 1 + sum(size for _, size, _ in taken)
             if depth > DEEPEST_PICKLE or size > 10 * MOST_VALUES:
                 raise ValueError("its objects lie too deep or too often within each other")
             stack += [(depth, size, opcode.name == "GLOBAL")] * len(opcode.stack_after)
@@ -281,7 +280,7 @@ def _walk(content, size, tensors=True):
             dense = value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
             held += value.nbytes  # shared memory counts for each tensor: most models allocate each
             if not dense or held > 2 * size:  # twice, because tied weights are in the file once
-                raise ValueError(f"{name} is no tensor that the file could hold")
+                raise ValueError(f"{name} is no tensor that the file could hold, or is tied to more than one other")
         elif isinstance(value, dict):
             if getattr(value, "__dict__", {}).keys() - {"_metadata"}:  # such as an `items` of its own
                 raise ValueError(f"{name} is no plain dict")

@@ -25,9 +25,10 @@ class Ema:
     ramp forgets the start, which a constant decay of 0.999 would keep for thousands of steps.
 
     The running means and variances of batch norms are averaged like the weights: those of the trained model belong to
-    its last few weights, not to the averaged ones. Whole numbers, such as num_batches_tracked, are copied. Make it
-    after the model was moved to its device, don't move it afterwards, and keep the weights in float32: lower precision
-    rounds such small changes away. Raises ValueError for a decay out of range.
+    its last few weights, not to the averaged ones. Whole numbers, such as num_batches_tracked, and buffers that hold
+    infinities, such as masks, are copied. Make it after the model was moved to its device, don't move it afterwards,
+    and keep the weights in float32: lower precision rounds such small changes away. Raises ValueError for a decay out
+    of range.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):
@@ -36,16 +37,22 @@ class Ema:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.updates = 0
-        self.averages, self.counts = tensors(self.model)
+        self.is_averaged = [x.is_floating_point() and bool(x.isfinite().all()) for x in tensors(self.model)]
+        self.averages, self.copies = self.both_kinds(self.model)
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        values, counts = tensors(model)
+        values, constants = self.both_kinds(model)
         torch._foreach_lerp_(self.averages, values, 1 - decay)  # one call: hundreds of small ones would take longer
-        for own, count in zip(self.counts, counts, strict=True):
-            own.copy_(count)
+        for own, value in zip(self.copies, constants, strict=True):
+            own.copy_(value)
         self.updates += 1
+
+    def both_kinds(self, model):
+        """The tensors of a model that are averaged, and those that are copied."""
+        pairs = list(zip(tensors(model), self.is_averaged, strict=True))
+        return [x for x, averaged in pairs if averaged], [x for x, averaged in pairs if not averaged]
 
     def state_dict(self) -> dict:
         """What an exact resume needs, as plain types and tensors."""
@@ -57,7 +64,4 @@ class Ema:
 
 
 def tensors(model):
-    """The parameters and buffers of a model: floats, and whole numbers."""
-    everything = [*model.parameters(), *model.buffers()]
-    floats = [tensor for tensor in everything if tensor.is_floating_point()]
-    return floats, [tensor for tensor in everything if not tensor.is_floating_point()]
+    return [*model.parameters(), *model.buffers()]

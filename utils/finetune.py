@@ -70,7 +70,7 @@ def freeze(model: torch.nn.Module, prefixes: list[str]):
 
     Raises ValueError for a prefix that names nothing, and if nothing is left to train.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]  # a tied weight has several
     for prefix in prefixes:
         named = below(prefix, names)
         for name in named:

@@ -16,11 +16,11 @@ from utils.finetune import few
 # num_classes). To add one, name its file and its class here. Its class needs
 #   model_args                 the keywords that built it: checkpoints hold them
 #   head                       the last layer, left out when another model's weights with other classes are loaded
-# and may have
+# and, for constants that hold infinities, such as a mask, register_buffer(..., persistent=False); it may have
 #   whiten(images)             set the first layer from normalised training images, before training
 #   fixed                      names of the parameters that whiten freezes
 #   layer_of(name)             the layer of a parameter, counted from the input, for layer-wise learning rates
-#   no_weight_decay            names of parameters to spare besides biases and norms
+#   no_weight_decay()          names of parameters to spare besides biases and norms
 #   resize_positions(state)    adapt a state dict that was trained at another image size
 MODELS = {"mlp": mlp_mnist, "cnn": cnn_cifar10, "vit": vit}
 CLASSES = {"mlp": mlp_mnist.MLP, "cnn": cnn_cifar10.CNN, "vit": vit.ViT}

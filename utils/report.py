@@ -111,7 +111,7 @@ def new_figure(width, height):
 
 
 def save(figure, path):
-    """Write a figure as PNG; a $ in the name of a class is a $, and a letter that no font has is an empty box."""
+    """Write a figure in the format of its name, or PNG; a $ is a $, and a letter that no font has an empty box."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -119,7 +119,7 @@ def save(figure, path):
     plot = io.BytesIO()  # a figure that can't be drawn replaces no file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        figure.savefig(plot, dpi=150, format="png")
+        figure.savefig(plot, dpi=150, format=Path(path).suffix[1:].lower() or "png")
     Path(path).write_bytes(plot.getvalue())
 
 
