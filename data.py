@@ -287,7 +287,7 @@ def _download(name, cls, root, new):
                 empty.rmdir()  # only if it's empty
     raise Unavailable(
         f"{name} is not in {root} and can't be downloaded from {' and '.join(addresses)} ({'; '.join(reasons)}). "
-        f"To do it by hand, put {', '.join(file for file, _ in missing or files)} from there into {folder}."
+        f"To do it by hand, put {', '.join(file for file, _ in missing or files)} from there into {folder.absolute()}."
     )
 
 

@@ -280,6 +280,7 @@ def find_lr(run):
 
 def suggest(run, path):
     """Print the range test's suggestion and plot it."""
+    errors.show(f"up to {len(LRS)} steps, each at a higher learning rate ...")
     lrs, smooth, suggestion = find_lr(run)
     least = min(smooth[FEW - 1 :])
     lowest = lrs[smooth.index(least, FEW - 1)]

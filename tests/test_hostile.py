@@ -1756,7 +1756,7 @@ def test_gradients_that_are_never_finite_end_the_run(tiny, monkeypatch, capsys):
         ("--model cnn --widths 1.5", "--widths: 1.5 must be whole numbers, as in 64,256,256"),
         (
             "--patch-size 8",
-            "--patch-size 8: see train.py --model mlp --help, each model has flags of its own",
+            "--patch-size 8: see train.py --model mlp --help, each model has flags of its own; quote names",
         ),
         ("--data nowhere --img-size 8", "--data nowhere is no folder and no known set: choose cifar10, "),
         ("--model vit --dim 1", "--heads 3 must divide dim 1: try 1"),
@@ -1932,3 +1932,13 @@ def test_an_error_of_the_device_is_not_blamed_on_a_file(tiny, monkeypatch, capsy
     capsys.readouterr()
     assert call("--resume", "run/last.pt", "--epochs", 2) == 2
     one_line(capsys, "RuntimeError: CUDA error: an illegal memory access was encountered (test_hostile.py")
+
+
+def test_what_few_images_need_is_said_unless_it_was_chosen(tiny, capsys):
+    flags = [word for word in TINY_MLP if word not in ("--batch-size", "64")]
+    assert call(*flags, "--out", "run") == 0
+    assert "note: an epoch is one step: lower --batch-size, now 256, and raise --epochs" in capsys.readouterr().out
+    assert call(*flags, "--batch-size", 256, "--out", "chosen") == 0
+    assert "an epoch is one step" not in capsys.readouterr().out
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 0
+    assert "--epochs 1.0 -> 2\n" in capsys.readouterr().out

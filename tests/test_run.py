@@ -115,7 +115,7 @@ def test_a_kill_between_last_and_best_loses_nothing(tiny, monkeypatch):
 def test_resuming_elsewhere_and_for_longer(tiny, capsys):
     assert call(*TINY_MLP, "--epochs", 2, "--lr", 0.1, "--out", "run") == 0
     assert call("--resume", "run/last.pt", "--epochs", 3, "--out", "longer") == 0
-    assert "--epochs 2.0 -> 3.0" in Path("longer/log.txt").read_text()
+    assert "--epochs 2.0 -> 3" in Path("longer/log.txt").read_text()
     result = json.loads(Path("longer/result.json").read_text())
     assert result["epochs_run"] == 3 and result["args"]["epochs"] == 3
     stretched = schedulers.schedule("cosine", lr=0.1, epochs=3, warmup_epochs=0.4)

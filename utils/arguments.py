@@ -126,7 +126,7 @@ def as_flags(message: str) -> str:
 
 def make_parser(model, program="train.py"):
     parser = Parser(program, description=f"Train an image classifier. In brackets the defaults of --model {model}.")
-    parser.hint = f"see train.py --model {model} --help, each model has flags of its own"
+    parser.hint = f"see train.py --model {model} --help, each model has flags of its own; quote names with spaces"
     flag = parser.add_argument_group("run").add_argument
     flag("--model", default="mlp", choices=MODELS, help="each has flags of its own: --model NAME --help (mlp)")
     flag("--epochs", type=float, metavar="N", help="length of the run, fractions allowed (%(default)s)")

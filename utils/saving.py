@@ -168,8 +168,11 @@ def log_beginning(run, folder, history: list, checkpoint: dict | None):
         for name, old in checkpoint["args"].items():
             new = getattr(args, name)
             if name in args.given and name != "resume" and new != old:
-                line += f", {arguments.flag_name(name)} {str(old)[:100]} -> {new}"
+                shown = f"{new:g}" if isinstance(new, float) else new
+                line += f", {arguments.flag_name(name)} {str(old)[:100]} -> {shown}"
         folder.log(line)
+    if run.steps_per_epoch == 1 and "batch_size" not in args.given:
+        folder.log(f"note: an epoch is one step: lower --batch-size, now {args.batch_size}, and raise --epochs")
     folder.log(f"writing to {folder.path}")
     if args.tensorboard:
         folder.open_events(history)
