@@ -166,7 +166,7 @@ def run_all(variants, runs, check_not_moved):
                 run_folder.print_line(f"{note}: {args.out}/log.txt says why")
             own_set = own_set or result["args"]["data"]
             said = f"val acc {result['best_val_acc']:.4f}"
-        took = "finished before" if finished_before else f"{seconds:.1f} s"
+        took = "finished before" if finished_before and result else f"{seconds:.1f} s"
         line = f"{done}/{len(runs)}  {name}, seed {args.seed}: {said}, {took}"
         if not finished_before:
             spent.append(seconds)

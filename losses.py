@@ -13,7 +13,7 @@ mixed. Cross-entropy contains the softmax, so a model must not end with one. The
 softmax their gradient vanishes for confident mistakes.
 
 Each is a mean over the images, so the loss of a batch is the sum of those of its micro-batches, each times
-len(micro_batch) / len(batch). Labels are 0..classes - 1, none is ignored.
+len(micro_batch) / len(batch). Labels are 0..classes - 1: the -100 that torch's cross-entropy ignores is none.
 """
 
 import math

@@ -302,7 +302,7 @@ def parameter_groups(
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     check_options(trainable, lr, weight_decay, layer_decay, lr_scale)
     spared = getattr(model, "no_weight_decay", ())
-    if callable(spared):  # timm's models have a method
+    if callable(spared):  # a method, as in timm; a plain set works, too
         spared = spared()
     top = max(layer_of.values())
     groups = {}

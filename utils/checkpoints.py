@@ -279,7 +279,9 @@ def _walk(content, size, tensors=True):
                 raise ValueError(f"{name} is no plain tensor")
             dense = value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
             held += value.nbytes  # shared memory counts for each tensor: most models allocate each
-            if not dense or held > 2 * size:  # twice, because tied weights are in the file once
+            if not dense:
+                raise ValueError(f"{name} is not contiguous: save it after .contiguous()")
+            if held > 2 * size:  # twice, because tied weights are in the file once
                 raise ValueError(f"{name} is no tensor that the file could hold, or is tied to more than one other")
         elif isinstance(value, dict):
             if getattr(value, "__dict__", {}).keys() - {"_metadata"}:  # such as an `items` of its own

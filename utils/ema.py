@@ -25,10 +25,10 @@ class Ema:
     ramp forgets the start, which a constant decay of 0.999 would keep for thousands of steps.
 
     The running means and variances of batch norms are averaged like the weights: those of the trained model belong to
-    its last few weights, not to the averaged ones. Whole numbers, such as num_batches_tracked, and buffers that hold
-    infinities, such as masks, are copied. Make it after the model was moved to its device, don't move it afterwards,
-    and keep the weights in float32: lower precision rounds such small changes away. Raises ValueError for a decay out
-    of range.
+    its last few weights, not to the averaged ones. Whole numbers, such as num_batches_tracked, and what isn't finite
+    when it is made, such as a mask, are copied. Make it after the model was moved to its device, don't move it
+    afterwards, and keep the weights in float32: lower precision rounds such small changes away. Raises ValueError for a
+    decay out of range.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):

@@ -168,11 +168,11 @@ def log_beginning(run, folder, history: list, checkpoint: dict | None):
         for name, old in checkpoint["args"].items():
             new = getattr(args, name)
             if name in args.given and name != "resume" and new != old:
-                shown = f"{new:g}" if isinstance(new, float) else new
+                shown = f"{new:.10g}" if isinstance(new, float) else new
                 line += f", {arguments.flag_name(name)} {str(old)[:100]} -> {shown}"
         folder.log(line)
-    if run.steps_per_epoch == 1 and "batch_size" not in args.given:
-        folder.log(f"note: an epoch is one step: lower --batch-size, now {args.batch_size}, and raise --epochs")
+    if run.steps_per_epoch == 1 and not checkpoint and "batch_size" not in args.given:
+        folder.log(f"note: an epoch is one step of all images: lower --batch-size, now {args.batch_size}")
     folder.log(f"writing to {folder.path}")
     if args.tensorboard:
         folder.open_events(history)
