@@ -301,9 +301,7 @@ def parameter_groups(
     layer_of = layers(model)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     check_options(trainable, lr, weight_decay, layer_decay, lr_scale)
-    spared = getattr(model, "no_weight_decay", ())
-    if callable(spared):  # a method, as in timm; a plain set works, too
-        spared = spared()
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # a method, as in timm
     top = max(layer_of.values())
     groups = {}
     for name, parameter in model.named_parameters():
