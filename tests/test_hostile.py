@@ -1658,6 +1658,7 @@ def test_too_little_memory_is_not_blamed_on_the_data(tiny, monkeypatch):
 
 
 def test_augment_reads_images_as_a_run_does(tiny):
+    assert augment.FORMATS == datasets.FORMATS  # each file can be copied alone
     photo = Image.new("RGB", (32, 32), "white")
     photo.paste("black", (0, 0, 32, 16))  # dark above, turned by the camera
     exif = photo.getexif()
