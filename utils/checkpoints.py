@@ -223,7 +223,7 @@ def _inspect(pickled: bytes):
             del stack[start:]
             if opcode.name in ("REDUCE", "NEWOBJ") and not taken[0][2]:  # torch's message would show all of it
                 raise ValueError("it calls what is no function")
-            if opcode.name == "BINPERSID" and taken[0][:2] != (1, 6):  # not five plain values, shown by messages, too
+            if opcode.name == "BINPERSID" and taken[0][:2] != (1, 6):  # five plain values; torch may show others
                 raise ValueError("it names no storage")
             depths = [1 + depth for depth, _, _ in taken]
             if opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"):
