@@ -9,7 +9,7 @@ Or in a program of your own, with torch alone:
     from mlp_mnist import MLP
 
     images = torch.randn(8, 1, 28, 28)
-    model = MLP(image_size=28, channels=1, num_classes=10)
+    model = MLP(image_size=28, channels=1, num_classes=10, hidden=(1024, 1024), dropout=0.2, batch_norm=True)
     logits = model(images)                       # (batch, 1, 28, 28) -> (batch, 10)
 """
 
@@ -45,12 +45,11 @@ class MLP(nn.Module):
 
     forward: (batch, channels, image_size, image_size) -> (batch, num_classes), logits.
 
-    `hidden` holds the widths of the hidden layers. hidden=(256, 128, 64), dropout=0.2, batch_norm=False is the
-    FeedForwardNet of the articles (242,762 parameters on MNIST), hidden=(128,), dropout=0, batch_norm=False their
-    SimpleNN, hidden=() their linear SimpleModel. The defaults are wider and put batch norm (arXiv:1502.03167) before
-    each ReLU; with it the last layer starts at zero, so that the loss begins at ln(num_classes). Without, it starts as
-    torch starts it: at the articles' small learning rates a net with a zero layer on top would lose most of its first
-    epoch. Raises ValueError for sizes that make no network.
+    `hidden` holds the widths of the hidden layers. hidden=(256, 128, 64), dropout=0.2 is the FeedForwardNet of the
+    articles (242,762 parameters on MNIST), hidden=(128,) their SimpleNN, hidden=() their linear SimpleModel. train.py
+    and add_args turn batch norm on (arXiv:1502.03167), before each ReLU; with it the last layer starts at zero, so that
+    the loss begins at ln(num_classes). Without, it starts as torch starts it: at the articles' small learning rates a
+    net with a zero layer on top would lose most of its first epoch. Raises ValueError for sizes that make no network.
     """
 
     def __init__(
@@ -60,8 +59,8 @@ class MLP(nn.Module):
         channels: int = 1,
         num_classes: int = 10,
         hidden: tuple[int, ...] = (1024, 1024),
-        dropout: float = 0.2,
-        batch_norm: bool = True,
+        dropout: float = 0.0,
+        batch_norm: bool = False,
     ):
         super().__init__()
         self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}  # all the keywords
@@ -99,11 +98,10 @@ def widths(text: str) -> tuple[int, ...]:
 
 
 def add_args(parser):
-    default = MLP.__init__.__kwdefaults__
     flag = parser.add_argument
-    flag("--hidden", type=widths, default=default["hidden"], metavar="N,N", help="hidden widths, or none (1024,1024)")
-    flag("--dropout", type=float, default=default["dropout"], metavar="P", help="(%(default)s)")
-    flag("--batch-norm", action=argparse.BooleanOptionalAction, default=default["batch_norm"], help="(%(default)s)")
+    flag("--hidden", type=widths, default=(1024, 1024), metavar="N,N", help="hidden widths, or none (1024,1024)")
+    flag("--dropout", type=float, default=0.2, metavar="P", help="(%(default)s)")
+    flag("--batch-norm", action=argparse.BooleanOptionalAction, default=True, help="(%(default)s)")
 
 
 def build(args, *, image_size: int, channels: int, num_classes: int) -> MLP:

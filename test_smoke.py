@@ -27,8 +27,8 @@ torch.set_num_threads(1)  # the models are small: a second thread would mostly w
 ROOT = Path(__file__).parent
 SMALL_VIT = dict(image_size=32, patch_size=8, num_classes=10, dim=32, depth=2, heads=2, mlp_dim=32)
 MODELS = {
-    "mlp": lambda: MLP(image_size=32, channels=3, hidden=(32,)),
-    "mlp, no norm": lambda: MLP(image_size=32, channels=3, hidden=(32, 16), batch_norm=False),
+    "mlp": lambda: MLP(image_size=32, channels=3, hidden=(32,), dropout=0.2, batch_norm=True),
+    "mlp, no norm": lambda: MLP(image_size=32, channels=3, hidden=(32, 16)),
     "cnn": lambda: CNN(widths=(8, 16)),
     "cnn, plain": lambda: CNN(arch="plain"),
     "vit": lambda: ViT(**SMALL_VIT),
@@ -71,7 +71,7 @@ def test_a_model_learns(name):
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_an_optimizer_lowers_the_loss(name):
     torch.manual_seed(0)
-    model = MLP(image_size=32, channels=3, hidden=(32, 32), dropout=0.0, batch_norm=False)
+    model = MLP(image_size=32, channels=3, hidden=(32, 32))
     images, labels = some_images()
     groups = optimizers.parameter_groups(model, weight_decay=0.0, use_muon=name == "muon")
     optimizer = optimizers.OPTIMIZERS[name](groups, **optimizers.DEFAULTS[name])

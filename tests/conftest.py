@@ -41,8 +41,8 @@ VIT = dict(image_size=32, patch_size=4, num_classes=10, dim=32, depth=2, heads=2
 
 def models():
     return {
-        "mlp": mlp_mnist.MLP(),
-        "mlp of the articles": mlp_mnist.MLP(hidden=(256, 128, 64), batch_norm=False),
+        "mlp": mlp_mnist.MLP(hidden=(1024, 1024), dropout=0.2, batch_norm=True),
+        "mlp of the articles": mlp_mnist.MLP(hidden=(256, 128, 64), dropout=0.2),
         "cnn": cnn_cifar10.CNN(widths=(16, 32, 32)),
         "cnn plain": cnn_cifar10.CNN(arch="plain"),
         "cnn relu": cnn_cifar10.CNN(arch="relu"),

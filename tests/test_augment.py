@@ -265,6 +265,7 @@ def test_tta_is_the_mean_over_its_views():
     assert torch.equal(mirrored[1], up_left.flip(3))
     assert len(augment.tta_views(images, flip=False)) == 3 and len(augment.tta_views(images, flip=False, shift=0)) == 1
     torch.manual_seed(0)
-    model, images = give_head_weights(mlp_mnist.MLP(hidden=(16,))).eval(), torch.randn(5, 1, 28, 28)
+    model = give_head_weights(mlp_mnist.MLP(hidden=(16,), dropout=0.2, batch_norm=True)).eval()
+    images = torch.randn(5, 1, 28, 28)
     logits = [model(view) for view in augment.tta_views(images, flip=True)]
     assert len(logits) == 6 and torch.allclose(augment.tta(model, images, flip=True), sum(logits) / 6, atol=1e-6)

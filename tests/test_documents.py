@@ -228,7 +228,7 @@ def test_a_model_and_a_loss_are_added_by_their_names(tiny, monkeypatch):
         pass
 
     def build(args, **sizes):
-        return Mine(hidden=args.hidden, **sizes)
+        return Mine(hidden=args.hidden, dropout=args.dropout, batch_norm=args.batch_norm, **sizes)
 
     mine = types.SimpleNamespace(RECIPE=mlp_mnist.RECIPE, add_args=mlp_mnist.add_args, build=build)
     monkeypatch.setitem(models.MODELS, "mine", mine)

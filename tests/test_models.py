@@ -63,8 +63,8 @@ def test_memorises_a_batch(name):
 
 
 def test_parameter_counts():
-    assert count(mlp_mnist.MLP(hidden=(256, 128, 64), dropout=0.2, batch_norm=False)) == 242_762
-    assert count(mlp_mnist.MLP(hidden=(128,), dropout=0, batch_norm=False)) == 784 * 128 + 128 + 128 * 10 + 10
+    assert count(mlp_mnist.MLP(hidden=(256, 128, 64), dropout=0.2)) == 242_762
+    assert count(mlp_mnist.MLP(hidden=(128,))) == 784 * 128 + 128 + 128 * 10 + 10
     assert count(cnn_cifar10.CNN(arch="plain")) == 145_578
     assert count(cnn_cifar10.CNN()) == 1_972_802
     args = arguments.parse(["--model", "vit"])[0]

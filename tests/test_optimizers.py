@@ -303,7 +303,7 @@ def test_groups_ask_a_model_of_timm_and_reject_what_is_out_of_range():
 
 
 def test_micro_batches_add_up_to_the_batch():
-    model = mlp_mnist.MLP(hidden=(16,), batch_norm=False, dropout=0)
+    model = mlp_mnist.MLP(hidden=(16,))
     images, labels = images_for(model, 23), torch.arange(23) % 10
     gradients, results = [], []
     for accum in (1, 4):
@@ -335,7 +335,8 @@ def test_layer_rates_are_powers_of_the_decay_by_depth_from_the_top():
     found = rates(vit.ViT(**VIT, stem="conv"), layer_decay=0.5)  # two convolutions below the blocks
     assert found["cls_token"] == found["patch_embedding.0.0.weight"] == 0.0625
     assert found["patch_embedding.1.2.bias"] == 0.125 and found["blocks.0.norm_1.weight"] == 0.25
-    found = rates(mlp_mnist.MLP(hidden=(32, 16)), layer_decay=0.5)  # linear 1, norm 2, linear 5, norm 6
+    # linear 1, norm 2, linear 5, norm 6
+    found = rates(mlp_mnist.MLP(hidden=(32, 16), batch_norm=True), layer_decay=0.5)
     assert all(
         rate == {"layers.1": 0.25, "layers.2": 0.25}.get(n[:8], 0.5) for n, rate in found.items() if "head" not in n
     )
@@ -386,7 +387,7 @@ def test_groups_are_described_by_rate():
 
 
 def test_the_gradient_of_the_whole_batch_is_clipped():
-    model = mlp_mnist.MLP(hidden=(16,), batch_norm=False, dropout=0)
+    model = mlp_mnist.MLP(hidden=(16,))
     images, labels, grads = images_for(model, 23), torch.arange(23) % 10, []
     for flags in ("", "--clip-grad 0.01 --accum 4"):
         train.backward(run_of(arguments.parse(flags.split())[0], model), images, labels, 23)

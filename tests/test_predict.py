@@ -172,7 +172,7 @@ def trained(tiny):
     for images, y in (shapes.train, shapes.test):
         splits.append(datasets.Split(images.float().mean(1, keepdim=True).byte()[:, :, :28, :28], y))
     grey = datasets.Dataset("grey", [str(i) for i in range(10)], (0.13,), (0.31,), *splits)
-    make("mlp", mlp_mnist.MLP(hidden=(32,)), grey)
+    make("mlp", mlp_mnist.MLP(hidden=(32,), dropout=0.2, batch_norm=True), grey)
     make("cnn", cnn_cifar10.CNN(widths=(4, 8)), shapes)
     small = dict(image_size=32, patch_size=8, num_classes=10, dim=16, depth=2, heads=2, mlp_dim=16)
     make("vit-mean", vit.ViT(**small, pool="mean"), shapes)
@@ -574,7 +574,8 @@ def test_large_images_are_evaluated_in_smaller_batches():
 @pytest.mark.parametrize("loss", ["ce", "mse"])
 def test_an_evaluation_is_the_mean_over_all_images_and_changes_nothing(loss):
     torch.manual_seed(0)
-    model = give_head_weights(mlp_mnist.MLP(image_size=8, channels=1, hidden=(8,), dropout=0.5)).train()
+    options = {"image_size": 8, "channels": 1, "hidden": (8,), "dropout": 0.5, "batch_norm": True}
+    model = give_head_weights(mlp_mnist.MLP(**options)).train()
     images = torch.randint(0, 256, (40_000, 1, 8, 8), dtype=torch.uint8)
     count = evaluation.batch_size((1, 8, 8)) + 203  # a whole batch, and a smaller one
     split = datasets.Split(images[:count], torch.arange(count) % 10)
