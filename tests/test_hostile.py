@@ -284,7 +284,7 @@ def test_sizes_that_are_no_lists_contradict_the_weights(tiny, capsys):
     checkpoints.save(content | sizes, "odd.pt")
     capsys.readouterr()
     assert call(*TINY_MLP, "--teacher", "odd.pt", "--out", "pupil") == 2
-    one_line(capsys, "odd.pt contradicts itself: its hidden is a int")
+    one_line(capsys, "odd.pt holds weights that don't fit its model mlp: 'int' object is not iterable")
 
 
 def test_a_test_loss_that_is_not_finite_is_no_result(tiny, monkeypatch, capsys):
@@ -1827,15 +1827,22 @@ def test_what_lies_beside_the_weights_of_a_checkpoint_does_not_reach_torch(tiny)
     assert type(loaded) is dict and same(loaded, dict(content["state_dict"]))
 
 
-def test_widths_that_are_no_list_make_no_model(tiny, capsys):
+@pytest.mark.parametrize(
+    "hidden, message",
+    [
+        (dict.fromkeys(range(1, 1000)), "its hidden is a dict"),
+        ((8,) * 100_000, "its hidden names more than 1,000 layers"),  # which would take long to build
+    ],
+)
+def test_widths_that_are_no_list_or_too_many_make_no_model(hidden, message, tiny, capsys):
     assert call(*TINY_MLP, "--out", "run") == 0
     content = checkpoints.load("run/best.pt")
-    content["model_args"]["hidden"] = dict.fromkeys(range(1, 1000))
+    content["model_args"]["hidden"] = hidden
     del content["args"]["hidden"]
     torch.save(content, "odd.pt")
     capsys.readouterr()
     assert call("--eval", "odd.pt", "--device", "cpu") == 2
-    one_line(capsys, "odd.pt contradicts itself: its hidden is a dict")
+    one_line(capsys, f"odd.pt is damaged: {message}")
 
 
 def test_a_tensor_with_a_sign_to_be_changed_is_no_plain_one(tiny):

@@ -31,20 +31,9 @@ def rebuild(checkpoint: dict, path="the checkpoint") -> torch.nn.Module:
     name = checkpoint["model"]
     if name not in CLASSES:
         raise ValueError(f"{path} holds an unknown model {name!r}: choose from {', '.join(CLASSES)}")
-    sizes = checkpoint["model_args"]  # all keywords of the model
-    described = (checkpoint["image_size"], checkpoint["channels"], len(checkpoint["classes"]))
-    if (sizes.get("image_size"), sizes.get("channels"), sizes.get("num_classes")) != described:
-        raise ValueError(f"{path} contradicts itself: a model of {str(sizes)[:200]} for images and classes {described}")
-    layers = [sizes.get("depth")]  # a million layers that the weights don't have would take long to build
-    for key in ("hidden", "widths"):
-        if not isinstance(sizes.get(key, ()), (list, tuple, type(None))):
-            raise ValueError(f"{path} contradicts itself: its {key} is a {type(sizes[key]).__name__}")
-        layers.append(len(sizes.get(key) or ()))
-    if any(isinstance(count, int) and count > len(checkpoint["state_dict"]) for count in layers):
-        raise ValueError(f"{path} contradicts itself: a model of {str(sizes)[:200]} has more layers than its weights")
     try:
         with torch.device("meta"):  # takes no memory, however large the sizes that the file claims
-            model = CLASSES[name](**sizes)
+            model = CLASSES[name](**checkpoint["model_args"])
         expected = model.state_dict()
         for key, tensor in checkpoint["state_dict"].items():
             if key in expected and tensor.dtype != expected[key].dtype:
