@@ -46,10 +46,11 @@ class MLP(nn.Module):
     forward: (batch, channels, image_size, image_size) -> (batch, num_classes), logits.
 
     `hidden` holds the widths of the hidden layers. hidden=(256, 128, 64), dropout=0.2 is the FeedForwardNet of the
-    articles (242,762 parameters on MNIST), hidden=(128,) their SimpleNN, hidden=() their linear SimpleModel. train.py
-    and add_args turn batch norm on (arXiv:1502.03167), before each ReLU; with it the last layer starts at zero, so that
-    the loss begins at ln(num_classes). Without, it starts as torch starts it: at the articles' small learning rates a
-    net with a zero layer on top would lose most of its first epoch. Raises ValueError for sizes that make no network.
+    articles (242,762 parameters on MNIST), hidden=(128,) their SimpleNN, hidden=() their linear SimpleModel. The flags
+    of add_args default to dropout 0.2 and to batch norm (arXiv:1502.03167) before each ReLU; with it the last layer
+    starts at zero, so that the loss begins at ln(num_classes). Without, it starts as torch starts it: at the articles'
+    small learning rates a net with a zero layer on top would lose most of its first epoch. Raises ValueError for sizes
+    that make no network.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class MLP(nn.Module):
     ):
         super().__init__()
         self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}  # all the keywords
+        if not isinstance(hidden, (tuple, list)) or len(hidden) > 1000:  # more would take long to build
+            raise ValueError(f"hidden {str(hidden)[:80]} must be a list of at most 1000 widths")
         if min(hidden, default=1) < 1:
             raise ValueError(f"hidden {hidden} must be widths >= 1, as in 256,128,64")
         if min(image_size, channels, num_classes) < 1:

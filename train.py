@@ -8,10 +8,11 @@
     python train.py --eval runs/vit-cifar10-adamw-cosine/best.pt
     torchrun --nproc_per_node 2 train.py --model vit                # several processes
 
-Read it from top to bottom, or run_once first, near the end: the nouns (Run, Progress), setting up, one step, the run,
-the command line. Flags are declared in utils/arguments.py, and in the files that they control: optimizers.py,
-schedulers.py, losses.py, augment.py, the models. A value is the user's, else the model's (RECIPE), else the optimizer's
-(DEFAULTS), else the flag's default.
+Read it from top to bottom: the nouns (Run, Progress), setting up, one step, the run, the command line. run_once, near
+the end, calls all of it in turn. Flags are declared in utils/arguments.py, and in the files that they control:
+optimizers.py, schedulers.py, losses.py, augment.py, the models. A value is the user's, else last.pt's in a resumed run,
+else the model's (RECIPE; with another --opt not its lr, decay ...), else the optimizer's (DEFAULTS), else the flag's
+default.
 """
 
 import argparse
@@ -60,7 +61,7 @@ class Run:
     teacher: Callable | None  # images -> logits
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing except in fp16
-    schedule: Callable | None  # (epochs so far, monitored values) -> lr multiplier; None until --minutes is measured
+    schedule: Callable | None  # (epochs so far, monitored values) -> lr multiplier; None only within prepare()
 
     @property
     def eval_model(self):
@@ -71,7 +72,7 @@ class Run:
     def has_batch_norm(self):
         return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
 
-    def least_per_batch(self, processes):
+    def least_per_batch(self, processes):  # a resumed run asks for those of the saved one
         """The fewest images in a batch: two for each process with batch norm, which needs their variance; else one."""
         return 2 * processes if self.has_batch_norm else 1
 
@@ -100,7 +101,7 @@ class Run:
 class Progress:
     """How far a run has come. last.pt holds it, along with the weights, the state of the optimizer and the like."""
 
-    totals: torch.Tensor  # since the last row of history: sum of losses, correct predictions, images
+    totals: torch.Tensor  # this process's since the last row of history: sum of losses, correct predictions, images
     step: int = 0
     history: list = field(default_factory=list)  # a dict per epoch: the rows of metrics.csv
     seconds: float = 0.0  # of training since the last row of history
@@ -132,6 +133,7 @@ def prepare(args) -> Run:
     optimizer = build.make_optimizer(args, model)
     ema = Ema(model, args.ema) if args.ema else None
     train_model = build.compiled(model) if args.compile else model
+    must_time = args.minutes and not args.resume  # a resumed run has its --epochs
     run = Run(
         args=args,
         dataset=dataset,
@@ -146,14 +148,14 @@ def prepare(args) -> Run:
         teacher=teacher,
         optimizer=optimizer,
         scaler=devices.grad_scaler(device, precision),
-        schedule=None if args.minutes and not args.resume else arguments.make_schedule(args),
+        schedule=None if must_time else arguments.make_schedule(args),
     )
     graphs.check(run)  # rejects --cuda-graph where it can't work
     count, least = len(run.train_set.labels), run.least_per_batch(distributed.world_size())
     if min(args.batch_size, count) < least:
         rule = f"--batch-size {args.batch_size} of {count} images must be >= {least}"
         raise ValueError(f"{rule}: batch norm can't train on one image in a process")
-    if run.schedule is None:  # --minutes: time some steps on a copy; the run then gets as many epochs as fit
+    if must_time:  # --minutes: time steps and a validation on a copy; the run then gets as many epochs as fit
         trial = build.trial(run)
         take_step = graphs.recorded(train_step, trial, log=lambda line: None)  # train() records again, and logs it
         return budget.within_minutes(run, trial, take_step, score)
@@ -164,11 +166,10 @@ def prepare(args) -> Run:
 
 
 def backward(run, images, labels, batch_size):
-    """Forward and backward pass of a batch, in --accum micro-batches. Leaves the gradient in the parameters.
+    """Forward and backward pass of a batch, in --accum micro-batches. Leaves the gradient, scaled in fp16, in .grad.
 
     `images` is this process's share of a batch of `batch_size` images. Returns the share's [sum of losses, correct
-    predictions, images] as a tensor on the device: an .item() here would make every step wait for the device. The
-    gradient is clipped with --clip-grad; without it, it's still scaled in fp16.
+    predictions, images] as a tensor on the device: an .item() here would make every step wait for the device.
     """
     run.optimizer.zero_grad(set_to_none=True)
     totals = devices.zero_totals(run.device)
@@ -176,11 +177,10 @@ def backward(run, images, labels, batch_size):
     if local_size == 0:  # fewer images than processes: DDP needs a backward pass all the same, of a blank one, weight 0
         images = images.new_zeros(1, *images.shape[1:])
         labels = labels.new_zeros(1, *labels.shape[1:])
-    least = 2 if run.has_batch_norm else 1  # images in a micro-batch
-    count = max(1, min(run.args.accum, local_size // least))
-    micro_batches = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
+    count = max(1, min(run.args.accum, local_size // run.least_per_batch(1)))
+    micro_batches = zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
     for i, (x, y) in enumerate(micro_batches, start=1):
-        with distributed.sync_gradients(run.train_model, i == count):
+        with distributed.sync_gradients(run.train_model, i == count):  # not before the last one
             with devices.autocast(run.device, run.precision):
                 logits = run.train_model(x)
             logits = logits.float()
@@ -196,9 +196,6 @@ def backward(run, images, labels, batch_size):
             totals[0].add_(loss.detach(), alpha=len(x))
             totals[1].add_((logits.argmax(1) == targets).sum())
             totals[2].add_(len(x))
-    if run.args.clip_grad:
-        run.scaler.unscale_(run.optimizer)
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip_grad)
     return totals
 
 
@@ -207,15 +204,21 @@ def train_step(run, images, labels, batch_size):
     if run.args.opt == "lbfgs":
         return lbfgs_step(run, images, labels, batch_size)
     totals = backward(run, images, labels, batch_size)
+    if run.args.clip_grad:
+        run.scaler.unscale_(run.optimizer)
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip_grad)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     return totals
 
 
 def lbfgs_step(run, images, labels, batch_size):
-    """Take a step of L-BFGS, which evaluates the loss several times. Returns the totals before the step."""
+    """Take a step of L-BFGS, which evaluates the loss several times. Returns the totals before the step.
+
+    It is for one process, without fp16 and clipping: the line search compares losses.
+    """
     evaluations = []
-    seed = torch.randint(2**62, ()).item()  # the same dropout each time: the line search compares the losses
+    seed = torch.randint(2**62, ()).item()  # the same dropout each time
 
     def closure():
         torch.manual_seed(seed)
@@ -250,19 +253,19 @@ def train(run, progress, folder, signals):
             if args.sched in ("cosine", "linear", "onecycle") and args.t_max is None:
                 folder.log(f"The low end of --sched {args.sched} was not reached: --patience 0 trains to the end.")
             return "early stop"
-        epoch_end = min((progress.step // run.steps_per_epoch + 1) * run.steps_per_epoch, run.total_steps)
+        end_step = min((progress.step // run.steps_per_epoch + 1) * run.steps_per_epoch, run.total_steps)
         with shared_machine_hint:  # logs once if other programs slow this one down
-            train_until(run, epoch_end, progress, folder, signals, take_step)
-        if progress.step == epoch_end:  # no signal came before
+            train_until(end_step, run, progress, folder, signals, take_step)
+        if progress.step == end_step:  # no signal came before
             finish_epoch(run, progress, folder)
         if distributed.all_max(len(signals)):
             return "interrupted"
-    return "time budget" if args.minutes else "finished"  # --minutes became a number of steps in prepare()
+    return "time budget" if args.minutes else "finished"  # prepare() turned --minutes into --epochs
 
 
-def train_until(run, epoch_end, progress, folder, signals, take_step):
-    """Take steps until progress.step is epoch_end, or until a signal."""
-    args, left = run.args, epoch_end - progress.step
+def train_until(end_step, run, progress, folder, signals, take_step):
+    """Take steps until progress.step is end_step, or until a signal."""
+    args, left = run.args, end_step - progress.step
     finetune.train_mode(run.train_model)
     batches = itertools.islice(build.training_batches(run, progress.step), left)
     if distributed.rank() == 0:
@@ -280,17 +283,19 @@ def train_until(run, epoch_end, progress, folder, signals, take_step):
         stop = distributed.all_max(len(signals)) > 0  # all processes must stop at the same step
         log = args.log_interval > 0 and progress.step % args.log_interval == 0
         save = args.save_every > 0 and progress.step % args.save_every == 0
-        if not (stop or log or save or progress.step == epoch_end):
+        at_end = progress.step == end_step
+        if not (stop or log or save or at_end):
             continue
-        loss_sum, _, seen = distributed.all_reduce(progress.totals).tolist()  # waits for the device: not in each step
+        # What follows waits for the device: not in each step. At the end it completes the seconds for finish_epoch().
+        loss_sum, _, seen = distributed.all_reduce(progress.totals).tolist()  # of a copy
         progress.seconds += time.perf_counter() - start
         if not math.isfinite(loss_sum):
             raise errors.Diverged(f"the training loss is {loss_sum}", progress.step, args.lr * multiplier)
-        if run.scaler.get_scale() < 1e-30:  # halved in the last hundred steps or more
+        if run.scaler.get_scale() < 1e-30:  # in fp16 each step that is skipped halves it: about a hundred were
             raise errors.Diverged("no gradient is finite", progress.step, args.lr * multiplier)
         if log:
             folder.log(f"  step {progress.step:,} of {run.total_steps:,}  train loss {loss_sum / seen:.4f}")
-        if (save or stop) and progress.step < epoch_end:  # at the end finish_epoch saves
+        if (save or stop) and not at_end:  # there finish_epoch() saves
             evaluation.check_finite(run.eval_model, progress.step, args.lr * multiplier)
             folder.save("last.pt", saving.last_content(run, progress))
         if stop:
@@ -327,14 +332,16 @@ def finish_epoch(run, progress, folder):
     progress.totals.zero_()
 
     best = find_best(args, history)
-    folder.save("last.pt", saving.last_content(run, progress))  # first: if best.pt isn't written, a resume writes it
+    last = saving.last_content(run, progress)  # gathers from all processes
+    folder.save("last.pt", last)  # before best.pt: if the run is killed between them, a resume writes that
     if best is row:
         folder.save("best.pt", saving.best_content(run, progress))
-    left = run.total_steps - progress.step
-    epochs = len(history) + math.ceil(left / run.steps_per_epoch)  # in all
-    steps = progress.step - (history[-2]["step"] if len(history) > 1 else 0)  # of this epoch
+    # A row may be of less than an epoch: at the end of --epochs 1.5, and once more if that run is prolonged.
+    steps = progress.step - (history[-2]["step"] if len(history) > 1 else 0)
+    steps_left = run.total_steps - progress.step
+    rows_in_all = len(history) + math.ceil(steps_left / run.steps_per_epoch)
     step_seconds = (row["seconds"] + time.perf_counter() - start) / steps  # with validation and saving
-    folder.write_epoch(history, best, epochs, left * step_seconds)
+    folder.write_epoch(history, best, rows_in_all, steps_left * step_seconds)
     half = (args.patience + 1) // 2  # a first hint comes half-way to the early stop; not if that comes now
     if half < args.patience and early_stopping.waited(history, best, args.warmup_epochs) == half:
         folder.log(explain(run, history, best))
@@ -366,7 +373,7 @@ def finish(run, progress, folder, stopped):
     best = find_best(args, history)
     test_loss = test_acc = None
     if stopped in ("finished", "early stop", "time budget"):
-        chosen_as = "the last, as none was held out"
+        chosen_as = "the last, as no images were held out"
         if args.val_split:
             chosen_as = f"best {args.monitor}, {best[args.monitor]:.4f}"
         folder.log(f"{stopped}: the result is epoch {best['epoch']} ({chosen_as})")
@@ -394,15 +401,16 @@ def finish(run, progress, folder, stopped):
 
 def run_once(args, checkpoint=None):
     """One run, from its arguments to its result. Returns (what result.json holds, exit status)."""
-    with checkpoints.blaming(args.resume):  # the run hasn't begun: an error is wrong input, here exit status 2
+    with checkpoints.blaming(args.resume):  # an error names that file; the run hasn't begun: exit status 2
         run = prepare(args)
+        args = run.args  # prepare() may have chosen other data or --epochs
         progress = Progress(devices.zero_totals(run.device))
         if checkpoint:
             saving.restore(run, progress, checkpoint)
         elif args.init:
             progress.init = models.fingerprint(checkpoints.load(args.init, keys={}))
-        folder = saving.folder_of_run(run, progress, find_best(run.args, progress.history))
-    with folder, errors.while_training(run.args), errors.caught_signals() as signals:  # an error in here: exit status 1
+        folder = saving.folder_of_run(run, progress, find_best(args, progress.history))
+    with folder, errors.while_training(args), errors.caught_signals() as signals:  # an error in here: exit status 1
         saving.log_beginning(run, folder, progress.history, checkpoint)
         try:
             stopped = train(run, progress, folder, signals)

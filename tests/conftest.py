@@ -99,8 +99,15 @@ def call(*argv):
     return train.main([str(a) for a in argv])
 
 
+def one_line(capsys, *words):
+    """Standard error is one line of bounded length that holds these words."""
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and len(said) < 1200, said[:2000]
+    assert all(word in said for word in words), said
+
+
 def run_of(args, model):
-    """A run without data, as far as train.backward and train.train_step need it."""
+    """A run without data, as far as train.train_step needs it."""
     device = torch.device("cpu")
     return train.Run(
         args=args,

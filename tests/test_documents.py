@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HERE, TINY, TINY_MLP, call, count, weights, write_folder
+from conftest import HERE, TINY, TINY_MLP, call, count, one_line, weights, write_folder
 
 import bench
 import compare
@@ -54,11 +54,13 @@ def test_the_rows_of_the_front_page_are_those_of_the_files():
     assert len(rows) == 5
     for machine, data, acc, path, took in rows:
         result = json.loads((RESULTS / path).read_text())
-        on = "two CPU cores" if result["device"].endswith("2 threads") else result["device"].replace("NVIDIA", "an")
+        on = "two CPU cores" if result["device"].endswith(", 2 threads") else result["device"].replace("NVIDIA", "an")
         assert (machine, data, acc, took) == (on, DATASETS[result["data"]], accuracy(result), seconds(result)), path
-    ((acc, path, took),) = re.findall(r"reaches \[(.+)\]\(results/(runs/.+\.json)\) in (.+) on that GPU", readme())
+    sentence = r"On that GPU .+ reaches \[(.+)\]\(results/(runs/.+\.json)\) on CIFAR-10\nas JPEG in (.+)\. For"
+    ((acc, path, took),) = re.findall(sentence, readme())
     result = json.loads((RESULTS / path).read_text())
-    assert (acc, took) == (accuracy(result), seconds(result))
+    assert (acc, took, result["device"]) == (accuracy(result), seconds(result), "NVIDIA H200")
+    assert DATASETS[result["data"]] == "CIFAR-10 as JPEG"
 
 
 def readme():
@@ -69,7 +71,15 @@ def test_the_commands_of_the_front_page_have_the_arguments_of_their_files():
     """All but the name of the folder, the number of seeds, the machine, and where the images are."""
     pairs = re.findall(r"\(results/(runs/.+?\.json)\).+`python train.py (.+?)`", readme())
     assert len(pairs) == 5
-    pairs.append(("runs/gpu-vit-cifar10-jpeg.json", "--model vit --opt adamw --sched cosine"))  # "the command above"
+    card = "--model vit --opt adamw --sched cosine"  # "the command above"
+    assert f"`python train.py {card}`" in readme()
+    pairs += [("runs/gpu-vit-cifar10-jpeg.json", card), ("runs/mlp-mnist.json", "--model mlp")]
+    for name, recipe in {
+        "mlp-mnist-2-seconds": "mlp-2-seconds",
+        "mlp-mnist-5-minutes": "mlp-5-minutes",
+        "gpu-cnn-1-minute": "gpu-cnn-49-seconds",
+    }.items():
+        pairs.append((f"runs/{name}.json", f"@recipes/{recipe}.args"))
     for path, flags in pairs:
         args = json.loads((RESULTS / path).read_text())["args"]
         words = [f"@{HERE / word[1:]}" if word.startswith("@") else word for word in flags.split()]
@@ -222,18 +232,39 @@ def test_a_gpu_is_used_if_there_is_one(cuda, mps, chosen, monkeypatch):
     assert CHOOSE_DEVICE("auto").type == chosen
 
 
-def test_a_model_and_a_loss_are_added_by_their_names(tiny, monkeypatch):
-    class Mine(mlp_mnist.MLP):
-        pass
+class Mine(mlp_mnist.MLP):
+    pass
 
-    def build(args, **sizes):
-        return Mine(hidden=args.hidden, dropout=args.dropout, batch_norm=args.batch_norm, **sizes)
 
+def add_model(monkeypatch, build):
     mine = types.SimpleNamespace(RECIPE=mlp_mnist.RECIPE, add_args=mlp_mnist.add_args, build=build)
     monkeypatch.setitem(models.MODELS, "mine", mine)
     monkeypatch.setitem(models.CLASSES, "mine", Mine)
+
+
+def test_a_model_and_a_loss_are_added_by_their_names(tiny, monkeypatch):
+    def build(args, **sizes):
+        return Mine(hidden=args.hidden, dropout=args.dropout, batch_norm=args.batch_norm, **sizes)
+
+    add_model(monkeypatch, build)
     monkeypatch.setitem(losses.LOSSES, "twice", lambda *rest: 2 * losses.mse(*rest))
     assert call(*TINY_MLP, "--model", "mine", "--loss", "ce+0.5*twice", "--out", "run") == 0
     assert call("--resume", "run/last.pt", "--epochs", 2) == 0
     assert call("--eval", "run/best.pt", "--device", "cpu") == 0
     assert isinstance(models.rebuild(checkpoints.load("run/best.pt")), Mine)
+
+
+def test_a_model_whose_checkpoints_could_not_be_loaded_is_not_trained(tiny, monkeypatch, capsys):
+    add_model(monkeypatch, lambda args, **sizes: Mine(hidden=args.hidden, **sizes))  # without --dropout
+    assert call(*TINY_MLP, "--model", "mine", "--dropout", 0.1, "--out", "run") == 2
+    one_line(capsys, "--model mine has dropout 0.0 in its model_args, the run has 0.1: pass it on in build()")
+
+    def build(args, **sizes):
+        model = mlp_mnist.build(args, **sizes)
+        del model.model_args["channels"]
+        return model
+
+    add_model(monkeypatch, build)
+    assert call(*TINY_MLP, "--model", "mine", "--out", "run") == 2
+    one_line(capsys, "--model mine has channels None in its model_args, the run has 3: pass it on in build()")
+    assert not Path("run").exists()

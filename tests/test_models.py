@@ -155,7 +155,7 @@ def test_models_refuse_what_makes_no_network(build):
 
 def test_an_mlp_without_hidden_layers_is_linear():
     torch.manual_seed(0)
-    model = mlp_mnist.MLP(hidden=())
+    model = mlp_mnist.MLP(hidden=(), batch_norm=True)
     linear = torch.nn.Linear(784, 10)
     linear.load_state_dict({"weight": model.head.weight, "bias": model.head.bias})
     images = images_for(model)

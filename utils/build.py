@@ -90,6 +90,11 @@ def make_model(args, dataset, train_set, device):
         model = models.MODELS[args.model].build(args, **sizes)
     except (ArithmeticError, AttributeError, TypeError, RuntimeError, MemoryError) as error:  # sizes too large
         raise ValueError(f"--model {args.model} can't be built in these sizes: {str(error)[:100]}") from None
+    flags = {name: value for name, value in vars(args).items() if name in model.model_args and value is not None}
+    for name, value in (sizes | flags).items():
+        if model.model_args.get(name) != value:  # its checkpoints couldn't be loaded
+            held = f"--model {args.model} has {name} {model.model_args.get(name)} in its model_args"
+            raise ValueError(f"{held}, the run has {value}: pass it on in build()")
     if hasattr(model, "whiten"):
         some = data.limit(train_set, min(512, len(train_set.labels)), args.seed)
         images, _ = next(augment.batches(some, 512, dataset.mean, dataset.std, "cpu"))

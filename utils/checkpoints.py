@@ -61,7 +61,6 @@ SCALARS = ("step", "mu_product")  # in an optimizer's state of a parameter; all 
 NEVER_NEGATIVE = ("exp_avg_sq", "square_avg", "acc_delta", "sum")  # there: means and sums of squares
 MOST_VALUES = 1_000_000  # a history has nine values an epoch
 DEEPEST = 8  # levels of nesting
-MOST_LAYERS = 1000  # more that the weights don't have would take long to build
 MOST_TEXT = 10_000_000  # characters beyond the file's length: a pickle stores a repeated column name once
 DEEPEST_PICKLE = 100  # objects within objects, as Python pickles them
 # What a checkpoint's pickle may call: tensors, their memory, state dicts, the Counter of torch's MultiStepLR.
@@ -328,14 +327,6 @@ def _validate_description(content):
     for name, value in content["model_args"].items():
         if content["args"].get(name) not in (None, value):
             raise ValueError(f"its args and its model_args contradict each other in {name}")
-        if isinstance(value, dict):  # it would pass for a list of widths
-            raise ValueError(f"its {name} is a dict")
-        if isinstance(value, (list, tuple)) and len(value) > MOST_LAYERS:
-            raise ValueError(f"its {name} names more than {MOST_LAYERS:,} layers")
-    sizes = [content["model_args"].get(name) for name in ("image_size", "channels", "num_classes")]
-    described = [content["image_size"], content["channels"], len(content["classes"])]
-    if sizes != described:
-        raise ValueError(f"its model is for images and classes of {str(sizes)[:200]}, it describes {described}")
     if not all(isinstance(value, (int, float)) for value in content["metrics"].values()):
         raise ValueError("its metrics are no numbers")
 

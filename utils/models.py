@@ -14,7 +14,7 @@ from utils.finetune import few
 
 # A model is a keyword-only nn.Module in a file with RECIPE, add_args(parser) and build(args, *, image_size, channels,
 # num_classes). To add one, name its file and its class here. Its class needs
-#   model_args                 the keywords that built it: checkpoints hold them
+#   model_args                 the keywords that built it, those three among them, and flags by their own names
 #   head                       the last layer, left out when another model's weights with other classes are loaded
 # and, for constants that hold infinities, such as a mask, register_buffer(..., persistent=False); it may have
 #   whiten(images)             set the first layer from normalised training images, before training
@@ -31,9 +31,13 @@ def rebuild(checkpoint: dict, path="the checkpoint") -> torch.nn.Module:
     name = checkpoint["model"]
     if name not in CLASSES:
         raise ValueError(f"{path} holds an unknown model {name!r}: choose from {', '.join(CLASSES)}")
+    sizes = checkpoint["model_args"]  # all keywords of the model
+    described = (checkpoint["image_size"], checkpoint["channels"], len(checkpoint["classes"]))
+    if (sizes.get("image_size"), sizes.get("channels"), sizes.get("num_classes")) != described:
+        raise ValueError(f"{path} contradicts itself: a model of {str(sizes)[:200]} for images and classes {described}")
     try:
         with torch.device("meta"):  # takes no memory, however large the sizes that the file claims
-            model = CLASSES[name](**checkpoint["model_args"])
+            model = CLASSES[name](**sizes)
         expected = model.state_dict()
         for key, tensor in checkpoint["state_dict"].items():
             if key in expected and tensor.dtype != expected[key].dtype:
