@@ -104,7 +104,7 @@ def test_the_test_set_is_read_once_with_the_best_weights(tiny, monkeypatch):
 
 def test_without_validation_the_last_weights_are_the_result(tiny, capsys):
     assert call(*TINY_MLP, "--epochs", 2, "--val-split", 0, "--out", "run") == 0
-    assert "none was held out" in capsys.readouterr().out
+    assert "no images were held out" in capsys.readouterr().out
     result = json.loads(Path("run/result.json").read_text())
     assert result["best_epoch"] == 2 and result["best_val_acc"] is None and result["test_acc"] is not None
     assert same(dict(weights("run/best.pt")), dict(weights("run/last.pt")))
