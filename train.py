@@ -58,7 +58,7 @@ class Run:
     train_model: torch.nn.Module  # the same; compiled with --compile, wrapped in DDP if there are several processes
     ema: Ema | None  # ema.model has the moving averages of the weights
     loss: Callable  # (logits, labels) -> mean loss
-    teacher: Callable | None  # images -> logits
+    teacher: Callable | None  # images -> logits, without gradients
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing except in fp16
     schedule: Callable | None  # (epochs so far, monitored values) -> lr multiplier; None only within prepare()
@@ -250,7 +250,7 @@ def train(run, progress, folder, signals):
         best = find_best(args, history)  # before training: a resumed run may have to stop at once
         if args.patience and early_stopping.waited(history, best, args.warmup_epochs) >= args.patience:
             folder.log(explain(run, history, best))
-            if args.sched in ("cosine", "linear", "onecycle") and args.t_max is None:
+            if args.sched in ("cosine", "linear", "onecycle") and args.t_max is None:  # which ends where the run would
                 folder.log(f"The low end of --sched {args.sched} was not reached: --patience 0 trains to the end.")
             return "early stop"
         end_step = min((progress.step // run.steps_per_epoch + 1) * run.steps_per_epoch, run.total_steps)
@@ -309,7 +309,7 @@ def finish_epoch(run, progress, folder):
     start = time.perf_counter()
     distributed.broadcast(run.eval_model)  # the statistics of batch norms differ between the processes: take rank 0's
     loss_sum, correct, seen = distributed.all_reduce(progress.totals).tolist()
-    lr = args.lr * lr_multiplier(run, progress.step - 1, history)  # of the last step
+    lr = args.lr * lr_multiplier(run, progress.step - 1, history)  # of the last step, which hadn't seen the row below
     val_loss = val_acc = math.nan
     if args.val_split:
         val_loss, val_acc = score(run, run.val_set)

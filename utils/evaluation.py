@@ -77,9 +77,9 @@ def test_checkpoint(args):
     checkpoint = checkpoints.load(args.eval)
     if "model" in args.given and args.model != checkpoint["model"]:
         raise ValueError(f"{args.eval} holds a {checkpoint['model']}, not --model {args.model}")
-    run = args_of(checkpoint) | {name: getattr(args, name) for name in args.given & {"data", "amp"}}
-    where = {"data": run["data"], "data_dir": args.data_dir, "device": args.device, "amp": run["amp"]}
+    chosen = args_of(checkpoint) | {name: getattr(args, name) for name in args.given & {"data", "amp"}}
+    where = {"data": chosen["data"], "data_dir": args.data_dir, "device": args.device, "amp": chosen["amp"]}
     dataset, loss, acc = test(checkpoint, args.eval, **where)
     if dataset.note:
         errors.show(dataset.note.strip())
-    errors.show(test_line(dataset, loss, acc, run["tta"]))
+    errors.show(test_line(dataset, loss, acc, chosen["tta"]))

@@ -119,7 +119,7 @@ def folder_of_run(run, progress, best: dict | None) -> run_folder.RunFolder:
         return run_folder.open_folder(args.out, default)
     old_folder = Path(args.resume).parent
     moved = args.out is not None and os.path.realpath(args.out) != os.path.realpath(old_folder)
-    # Else last.pt has the best weights, or no epoch has ended.
+    # If not, last.pt has the best weights, or no epoch has ended.
     best_is_older = best is not None and best["step"] < progress.step
 
     def load_old_best():
