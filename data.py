@@ -320,6 +320,9 @@ def _from_folder(folder, data_dir, img_size, read_only):
 
     If the folder changes, its new cache gets another name, and the old one stays.
     """
+    for part in ("train", "test"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"{folder} has no folder {part}: expected {folder}/{part}/<class>/*.jpg, png, ...")
     classes = sorted(entry.name for entry in _entries(folder / "train") if entry.is_dir())
     if len(classes) == 1:  # most likely there is one level of folders too many
         raise ValueError(f"{folder / 'train'} holds one class, {classes[0]}: expected a folder for each of several")

@@ -241,7 +241,8 @@ def check(run):
         else:
             failed += 1
             errors.show(f"FAIL  {name:22}  {found}: {remedy}")
-    errors.show(f"{failed} of {len(CHECKS)} checks failed" if failed else f"all {len(CHECKS)} checks passed")
+    outcome = f"{failed} of {len(CHECKS)} checks failed" if failed else f"all {len(CHECKS)} checks passed"
+    errors.show(f"{outcome}, on {run.dataset.name}")
     return int(failed > 0)
 
 

@@ -122,7 +122,7 @@ def find(paths):
         elif path.is_file():
             files.append(path)
         else:
-            raise ValueError(f"{path} doesn't exist or is no file: expected an image file or a folder")
+            raise ValueError(f"{path} doesn't exist, or is neither a file nor a folder")
     if others:
         log(f"note: {data.left_out(others)}")
     return files

@@ -383,7 +383,8 @@ def finish(run, progress, folder, stopped):
             run.eval_model.load_state_dict(content["state_dict"])
             test_loss, test_acc = score(run, run.dataset.test)
             if math.isfinite(test_loss):
-                folder.log(evaluation.test_line(run.dataset, test_loss, test_acc, args.tta, "read once"))
+                how_often = "read again" if arguments.ended(folder.path) else "read once"
+                folder.log(evaluation.test_line(run.dataset, test_loss, test_acc, args.tta, how_often))
             else:
                 folder.log(f"the test loss is {test_loss}: try --eval {folder.path / 'best.pt'} --amp off")
                 stopped, test_loss, test_acc = "non-finite loss", None, None

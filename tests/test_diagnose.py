@@ -114,6 +114,8 @@ def test_diagnose_finds_planted_faults(data_fault, model_fault, flags, found, ti
     said = capsys.readouterr().out
     assert failed_checks(said) == found, said
     assert len(said.splitlines()) == len(diagnose.CHECKS) + 1
+    outcome = f"{len(found)} of 9 checks failed" if found else "all 9 checks passed"
+    assert said.endswith(f"\n{outcome}, on shapes\n")
     assert list(tiny.iterdir()) == []
 
 

@@ -92,10 +92,10 @@ def test_plot_command_line(tmp_path):
     done = python(HERE / "plot.py", "a", "b", "c", "--out", "three.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "three.png").size == (1500, 558)
-    for wrong, word in ((["nowhere"], "nowhere"), (["a", *(f"r{i}" for i in range(9))], "10 curves")):
-        if "r0" in wrong:
-            for i in range(9):
-                fake_run(tmp_path / f"r{i}", [0.5], lr=float(i + 1))
+    for i in range(9):
+        fake_run(tmp_path / f"r{i}", [0.5], lr=float(i + 1))
+    missing = "nowhere doesn't exist or is no folder: name the folders of runs"
+    for wrong, word in ((["a", "nowhere"], missing), (["a", *(f"r{i}" for i in range(9))], "10 curves")):
         done = python(HERE / "plot.py", *wrong, cwd=tmp_path)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr, done.stderr
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MLP, Killed, assert_same_run, call, halt, same, scripted, weights
+from conftest import TINY_MLP, Killed, assert_same_run, call, halt, one_line, same, scripted, weights
 
 import data as datasets
 import mlp_mnist
@@ -53,6 +53,20 @@ def test_every_output_is_there_and_says_the_same(tiny, capsys):
     assert call("--eval", out / "best.pt") == 0
     assert capsys.readouterr().out == f"test acc {acc:.4f}  loss {loss:.4f}  (shapes, 40 images)\n"
     assert call(*TINY_MLP) == 0 and (tiny / "runs" / "mlp-shapes-adamw-cosine-2" / "result.json").exists()
+
+
+def test_a_finished_run_says_that_it_reads_the_test_set_again(tiny, capsys):
+    assert call(*TINY_MLP, "--out", "run") == 0
+    assert "40 images, read once)" in capsys.readouterr().out
+    assert call("--resume", "run/last.pt", "--epochs", 2) == 0
+    assert "40 images, read again)" in capsys.readouterr().out
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_told_which_file(tiny, capsys):
+    Path("run").mkdir()
+    for flag, name in (("--resume", "last.pt"), ("--eval", "best.pt")):
+        assert call(flag, "run") == 2
+        one_line(capsys, f"run doesn't exist or is no file: expected a checkpoint such as runs/.../{name}")
 
 
 def test_same_seed_same_bits(tiny):

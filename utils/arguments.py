@@ -7,6 +7,7 @@ on; those of the run itself are here.
 """
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -43,6 +44,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=program, **options)
         self.count = 0  # of words in @files
         self.hint = ""  # for flags that aren't known
+        self.of_other_models = {}  # flag -> model
 
     def convert_arg_line_to_args(self, line):
         words = self.checked(split_flags(line))
@@ -68,15 +70,26 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("--") and value == "--":  # it would make an empty list of it
                 self.error(f"argument {flag}: -- is no value")
             path = word[1:]
-            if word.startswith("@") and os.path.exists(path):
-                if not os.path.isfile(path) or os.path.getsize(path) > LONGEST_FILE:
-                    self.error(f"{word} must be a file of flags, of at most {LONGEST_FILE:,} bytes")
+            if word.startswith("@") and not (os.path.isfile(path) and os.path.getsize(path) <= LONGEST_FILE):
+                self.error(f"{word} must be a file of flags, of at most {LONGEST_FILE:,} bytes")
         return words
 
     def error(self, message):
-        if message.startswith("unrecognized arguments") and self.hint:
-            message += f": {self.hint}"
+        if message.startswith("unrecognized arguments: "):
+            message += self.remedy(message.split()[2])
         super().error(errors.one_line(message))
+
+    def remedy(self, word):
+        """What may have been meant by an unknown word."""
+        flag = word.partition("=")[0]
+        if flag in self.of_other_models:
+            return f": {flag} is a flag of --model {self.of_other_models[flag]}"
+        near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.8)
+        if os.path.isfile(word):
+            near = [f"@{word}"]
+        if near:
+            return f": did you mean {near[0]}?"
+        return f": {self.hint}" if self.hint else ""
 
 
 # Matches a quoted or escaped part (group 1, kept), or a # after a blank and all that follows (dropped).
@@ -126,7 +139,11 @@ def as_flags(message: str) -> str:
 
 def make_parser(model, program="train.py"):
     parser = Parser(program, description=f"Train an image classifier. In brackets the defaults of --model {model}.")
-    parser.hint = f"see train.py --model {model} --help, each model has flags of its own; quote names with spaces"
+    parser.hint = f"see train.py --model {model} --help; quote names with spaces"
+    for other in MODELS:
+        flags_of_other = argparse.ArgumentParser(add_help=False)
+        MODELS[other].add_args(flags_of_other)
+        parser.of_other_models |= dict.fromkeys(flags_of_other._option_string_actions, other)
     flag = parser.add_argument_group("run").add_argument
     flag("--model", default="mlp", choices=MODELS, help="each has flags of its own: --model NAME --help (mlp)")
     flag("--epochs", type=float, metavar="N", help="length of the run, fractions allowed (%(default)s)")

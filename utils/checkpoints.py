@@ -140,7 +140,8 @@ def load(path, *, keys: dict = KEYS) -> dict:
     With keys={} it may be any dict of tensors, such as a bare state dict; then FILE.safetensors is read too.
     """
     if not os.path.isfile(path):  # reading a pipe or a device would wait for ever
-        raise ValueError(f"{path} doesn't exist or is no file: expected a checkpoint such as runs/.../best.pt")
+        name = "last.pt" if keys == RESUME_KEYS else "best.pt"
+        raise ValueError(f"{path} doesn't exist or is no file: expected a checkpoint such as runs/.../{name}")
     size = os.path.getsize(path)
     try:
         if Path(path).suffix == ".safetensors" and not keys:

@@ -159,7 +159,7 @@ def draw_mistakes(images, logits, labels, classes, path, count=36):
         axis.imshow(images[i].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
         name = classes[labels[i]][:12]
         wrong_name = classes[predicted[i]][:12]
-        axis.set_title(f"{name}, misclassified\nas {wrong_name}, {100 * confidence[i]:.0f} %", fontsize=9)
+        axis.set_title(f"{name}\nas {wrong_name}, {100 * confidence[i]:.0f} %", fontsize=9)
     save(figure, path)
 
 

@@ -286,7 +286,7 @@ def describe(run) -> list[str]:
         f"torch {torch.__version__}, python {platform.python_version()}, {devices.device_name(run.device)}, {how}",
         f"{dataset.name}: {counts}, {len(dataset.test.labels):,} to test; {len(dataset.classes)} classes, {shape}",
         f"{args.model}: {parameters:,} parameters; {args.opt}, {args.sched}, {args.epochs:g} epochs, batches of "
-        f"{args.batch_size}",
+        f"{args.batch_size:,}",
         *describe_groups(run.model, run.optimizer),
     ]
     if dataset.note:
