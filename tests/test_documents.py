@@ -56,7 +56,7 @@ def test_the_rows_of_the_front_page_are_those_of_the_files():
         result = json.loads((RESULTS / path).read_text())
         on = "two CPU cores" if result["device"].endswith(", 2 threads") else result["device"].replace("NVIDIA", "an")
         assert (machine, data, acc, took) == (on, DATASETS[result["data"]], accuracy(result), seconds(result)), path
-    sentence = r"On that GPU .+ reaches \[(.+)\]\(results/(runs/.+\.json)\) on CIFAR-10\nas JPEG in (.+)\. For"
+    sentence = r"`--model vit` reaches \[(.+)\]\(results/(runs/.+\.json)\) on this copy in (.+)\.\n"
     ((acc, path, took),) = re.findall(sentence, readme())
     result = json.loads((RESULTS / path).read_text())
     assert (acc, took, result["device"]) == (accuracy(result), seconds(result), "NVIDIA H200")
