@@ -336,12 +336,8 @@ def finish_epoch(run, progress, folder):
     folder.save("last.pt", last)  # before best.pt: if the run is killed between them, a resume writes that
     if best is row:
         folder.save("best.pt", saving.best_content(run, progress))
-    # A row may be of less than an epoch: at the end of --epochs 1.5, and once more if that run is prolonged.
-    steps = progress.step - (history[-2]["step"] if len(history) > 1 else 0)
-    steps_left = run.total_steps - progress.step
-    rows_in_all = len(history) + math.ceil(steps_left / run.steps_per_epoch)
-    step_seconds = (row["seconds"] + time.perf_counter() - start) / steps  # with validation and saving
-    folder.write_epoch(history, best, rows_in_all, steps_left * step_seconds)
+    seconds = row["seconds"] + time.perf_counter() - start  # with validation and saving
+    folder.write_epoch(run, history, best, seconds)
     half = (args.patience + 1) // 2  # a first hint comes half-way to the early stop; not if that comes now
     if half < args.patience and early_stopping.waited(history, best, args.warmup_epochs) == half:
         folder.log(explain(run, history, best))

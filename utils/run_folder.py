@@ -70,8 +70,11 @@ class RunFolder(contextlib.AbstractContextManager):
             self.check_not_moved()
             checkpoints.write_json(result, self.path / "result.json")
 
-    def write_epoch(self, history: list, best: dict | None, epochs: int, seconds_left: float):
-        """Write metrics.csv, TensorBoard events and, now and then, curves.png; log the epoch's line."""
+    def write_epoch(self, run, history: list, best: dict | None, seconds: float):
+        """Write metrics.csv, TensorBoard events and, now and then, curves.png; log the epoch's line.
+
+        `seconds` is how long the epoch has taken in all.
+        """
         row = history[-1]
         self.write_metrics(history)
         if self.events:
@@ -79,7 +82,11 @@ class RunFolder(contextlib.AbstractContextManager):
         if time.perf_counter() - self.drawn_at > DRAW_EVERY:
             self.draw(history, best)
             self.drawn_at = time.perf_counter()
-        self.log(epoch_line(row, epochs, best is row, seconds_left))
+        # A row may be of less than an epoch: at the end of --epochs 1.5, and once more if that run is prolonged.
+        steps = row["step"] - (history[-2]["step"] if len(history) > 1 else 0)
+        steps_left = run.total_steps - row["step"]
+        epochs = len(history) + math.ceil(steps_left / run.steps_per_epoch)
+        self.log(epoch_line(row, epochs, best is row, steps_left * seconds / steps))
 
     def write_events(self, rows: list):
         for row in rows:
