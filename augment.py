@@ -23,6 +23,7 @@ import random
 import signal
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
@@ -59,9 +60,11 @@ def bounds(n: int, batch_size: int, least: int = 1) -> list[tuple[int, int]]:
 
 
 def batches(
-    split, batch_size: int, mean, std, device, *, key=None, first=0, every=1, least=1, rank=0, world_size=1,
-    crop_pad=0, flip=False, augment="none", erase=0.0, mixup=0.0, cutmix=0.0, num_classes=None,
-):  # fmt: skip
+    split: tuple[Tensor, Tensor], batch_size: int, mean: Sequence[float], std: Sequence[float], device, *,
+    key: tuple | None = None, first: int = 0, every: int = 1, least: int = 1, rank: int = 0, world_size: int = 1,
+    crop_pad: int = 0, flip: bool = False, augment: str = "none", erase: float = 0.0,
+    mixup: float = 0.0, cutmix: float = 0.0, num_classes: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield (images, labels) on the device: float32 (b, channels, height, width), normalised, and int64 (b,).
 
     `split` is a pair: images, uint8 (n, channels, height, width), and labels, int64 (n,). `mean` and `std` are by
@@ -263,7 +266,7 @@ def tta_views(images: Tensor, *, flip: bool, shift: int = 1) -> list[Tensor]:
     return views
 
 
-def tta(model, images: Tensor, *, flip: bool) -> Tensor:
+def tta(model: torch.nn.Module, images: Tensor, *, flip: bool) -> Tensor:
     """Return the mean of a model's logits over `tta_views` (test-time augmentation)."""
     return torch.stack([model(view) for view in tta_views(images, flip=flip)]).mean(0)
 
@@ -282,7 +285,7 @@ def add_args(parser) -> None:
 # ---------------------------------------------------------------------------------------------- the plot
 
 
-def read_images(paths) -> Tensor:
+def read_images(paths: list[str]) -> Tensor:
     """Read image files, or draw 8 polygons if there are none: uint8 (n, 3, 32, 32)."""
     import numpy
     from PIL import Image, ImageDraw, ImageOps
@@ -309,7 +312,7 @@ def read_images(paths) -> Tensor:
     return torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) for image in images])
 
 
-def show(images: Tensor, path, **options) -> None:
+def show(images: Tensor, path: str, **options) -> None:
     """Plot images, what each of the options of `batches` does to them, and what all do together, into a PNG file."""
     from PIL import Image, ImageDraw, PngImagePlugin
 

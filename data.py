@@ -70,7 +70,14 @@ class Dataset:
     note: str = ""  # what the user should know, such as another set in place of the wanted one
 
 
-def load(name, data_dir="data", *, img_size: int | None = None, fallback=False, read_only=False) -> Dataset:
+def load(
+    name: str,
+    data_dir: str | Path = "data",
+    *,
+    img_size: int | None = None,
+    fallback: bool = False,
+    read_only: bool = False,
+) -> Dataset:
     """Load a dataset by name, or a folder that holds train/<class>/* and test/<class>/* images.
 
     What isn't in `data_dir` is downloaded into it. `img_size` is for folders: images are scaled and centre-cropped to
@@ -383,7 +390,7 @@ def _images_by_class(folder, classes, others):
     return paths, labels
 
 
-def images_below(folder, others: list):
+def images_below(folder: str | Path, others: list):
     """Yield the paths of the images in a folder, at any depth. Hidden files and folders are left out.
 
     `others` gets the paths of all else: files whose names don't end as those of images do, links to folders.
@@ -453,7 +460,7 @@ def _write_cache(content, cache):
     return ""
 
 
-def open_image(path):
+def open_image(path: str | Path):
     """Open an image file; its pixels are read later. Raises ValueError, OSError and whatever Pillow raises."""
     from PIL import Image
 
@@ -463,7 +470,7 @@ def open_image(path):
     return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def decode(path, size: int) -> torch.Tensor:
+def decode(path: str | Path, size: int) -> torch.Tensor:
     """Read an image file as uint8 (3, size, size): turned upright, short side scaled to size, centre kept.
 
     Of an animation it's the first frame. Grey images have three equal channels. Transparency is dropped.

@@ -22,7 +22,7 @@ from itertools import accumulate
 import torch
 
 
-def sgd(groups, *, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
+def sgd(groups: list[dict], *, lr: float, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0):
     """The weight decay is coupled: added to the gradient."""
     options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
     optimizer = torch.optim.SGD(groups, lr, fused=True, **options)
@@ -34,37 +34,37 @@ def sgd(groups, *, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
     return optimizer
 
 
-def adam(groups, *, lr, opt_betas=(0.9, 0.999), weight_decay=0.0):
+def adam(groups: list[dict], *, lr: float, opt_betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0):
     """The weight decay is coupled: added to the gradient, so it's scaled by the second moment like the gradient."""
     return torch.optim.Adam(groups, lr, opt_betas, weight_decay=weight_decay, fused=True)
 
 
-def adamw(groups, *, lr, opt_betas=(0.9, 0.999), weight_decay=0.0):
+def adamw(groups: list[dict], *, lr: float, opt_betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0):
     """The weight decay is decoupled: weights shrink by lr * weight_decay, whatever the gradient (arXiv:1711.05101)."""
     return torch.optim.AdamW(groups, lr, opt_betas, weight_decay=weight_decay, fused=True)
 
 
-def nadam(groups, *, lr, opt_betas=(0.9, 0.999), weight_decay=0.0):
+def nadam(groups: list[dict], *, lr: float, opt_betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0):
     return torch.optim.NAdam(groups, lr, opt_betas, weight_decay=weight_decay)
 
 
-def radam(groups, *, lr, opt_betas=(0.9, 0.999), weight_decay=0.0):
+def radam(groups: list[dict], *, lr: float, opt_betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0):
     return torch.optim.RAdam(groups, lr, opt_betas, weight_decay=weight_decay)
 
 
-def rmsprop(groups, *, lr, momentum=0.0, weight_decay=0.0):
+def rmsprop(groups: list[dict], *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
     return torch.optim.RMSprop(groups, lr, momentum=momentum, weight_decay=weight_decay)
 
 
-def adagrad(groups, *, lr, weight_decay=0.0):
+def adagrad(groups: list[dict], *, lr: float, weight_decay: float = 0.0):
     return torch.optim.Adagrad(groups, lr, weight_decay=weight_decay)
 
 
-def adadelta(groups, *, lr, weight_decay=0.0):
+def adadelta(groups: list[dict], *, lr: float, weight_decay: float = 0.0):
     return torch.optim.Adadelta(groups, lr, weight_decay=weight_decay)
 
 
-def rprop(groups, *, lr):
+def rprop(groups: list[dict], *, lr: float):
     """Made for whole-set gradients. lr is the size of the first step only: no schedule has an effect after it."""
     return torch.optim.Rprop(groups, lr)
 
@@ -74,7 +74,7 @@ def muon(groups, *, lr, momentum=0.95, opt_betas=(0.9, 0.999), weight_decay=0.0)
     return Muon(groups, lr=lr, momentum=momentum, betas=opt_betas, weight_decay=weight_decay)
 
 
-def lbfgs(groups, *, lr):
+def lbfgs(groups: list[dict], *, lr: float):
     """Quasi-Newton with a line search; needs step(closure), and knows one group of parameters and no weight decay."""
     parameters = [p for group in groups for p in group["params"]]
     return torch.optim.LBFGS(parameters, lr, max_iter=5, history_size=10, line_search_fn="strong_wolfe")

@@ -36,7 +36,7 @@ NOT_IN_NAMES = {
 TELLING = ("model", "data", "opt", "sched")  # named by their value alone: "adamw", not "opt adamw"
 
 
-def read(run):
+def read(run: str | Path) -> list[dict]:
     """The rows of a run's metrics.csv as dicts of floats."""
     path = Path(run) / "metrics.csv"
     if not path.is_file():
@@ -53,7 +53,7 @@ def read(run):
     return rows
 
 
-def read_result(run):
+def read_result(run: str | Path) -> dict:
     """A run's result.json; nothing is known about a run that still goes on."""
     path = Path(run) / "result.json"
     try:
@@ -203,7 +203,7 @@ def best_epoch(rows):
     return max(accuracies, key=accuracies.get, default=None)
 
 
-def draw(runs, path, best=None):
+def draw(runs: dict[str, list[dict]], path: str | Path, best: dict | None = None):
     """Draw runs, a dict of name -> rows, into the file `path`: .png, .pdf or .svg.
 
     Rows of the same epoch, from runs with several seeds, become their mean in a band of one standard deviation. A dot

@@ -43,32 +43,32 @@ from itertools import pairwise
 WARMUP_START = 0.01  # a warm-up starts at this share of its end, like LinearLR(start_factor=0.01): the lr is never 0
 
 
-def none(t):
+def none(t: float) -> float:
     """ConstantLR(factor=1)."""
     return 1.0
 
 
-def step(t, *, gamma, step_size):
+def step(t: float, *, gamma: float, step_size: float) -> float:
     """StepLR(step_size, gamma)."""
     return gamma ** math.floor(round(t / step_size, 9))  # 0.6 // 0.2 is 2, a step late
 
 
-def multistep(t, *, gamma, milestones):
+def multistep(t: float, *, gamma: float, milestones: Sequence[float]) -> float:
     """MultiStepLR(milestones, gamma)."""
     return gamma ** bisect.bisect_right([round(m, 9) for m in milestones], t)  # as t is, or 1.2 * 3 / 4 is a step late
 
 
-def exp(t, *, gamma):
+def exp(t: float, *, gamma: float) -> float:
     """ExponentialLR(gamma)."""
     return gamma**t
 
 
-def cosine(t, *, t_max, floor):
+def cosine(t: float, *, t_max: float, floor: float) -> float:
     """CosineAnnealingLR(T_max=t_max, eta_min=min_lr). It doesn't restart: after t_max the lr climbs back as it fell."""
     return floor + (1 - floor) * (1 + math.cos(math.pi * t / t_max)) / 2
 
 
-def restarts(t, *, t_0, t_mult, floor):
+def restarts(t: float, *, t_0: float, t_mult: int, floor: float) -> float:
     """CosineAnnealingWarmRestarts(T_0=t_0, T_mult=t_mult, eta_min=min_lr), SGDR, arXiv:1608.03983."""
     if t_mult == 1:  # in one go: the loop would take t / t_0 turns
         t = max(0.0, t - t_0 * math.floor(round(t / t_0, 9)))  # 0.6 % 0.2 is 0.2, a step late
@@ -77,12 +77,12 @@ def restarts(t, *, t_0, t_mult, floor):
     return cosine(t, t_max=t_0, floor=floor)
 
 
-def linear(t, *, length, floor):
+def linear(t: float, *, length: float, floor: float) -> float:
     """LinearLR(start_factor=1, end_factor=min_lr / lr, total_iters=length)."""
     return 1 + (floor - 1) * min(1, t / length)
 
 
-def onecycle(t, *, length):
+def onecycle(t: float, *, length: float) -> float:
     """OneCycleLR(max_lr=lr, total_steps=length + 1), momentum left alone, arXiv:1708.07120.
 
     Stepped per epoch, torch's class counts values, not the intervals between them: `length` epochs have length + 1
@@ -95,7 +95,7 @@ def onecycle(t, *, length):
     return cosine(min(t, length) - peak, t_max=length - peak, floor=1 / 25e4)
 
 
-def plateau(t, *, values, mode, gamma, patience_epochs, floor):
+def plateau(t: float, *, values: Sequence[float], mode: str, gamma: float, patience_epochs: int, floor: float) -> float:
     """ReduceLROnPlateau(mode, factor=gamma, patience=patience_epochs, min_lr=min_lr, eps=0), shown `values` in turn."""
     multiplier, best, waited = 1.0, -math.inf if mode == "max" else math.inf, 0
     for value in values:

@@ -64,35 +64,35 @@ class Run:
     schedule: Callable | None  # (epochs so far, monitored values) -> lr multiplier; None only within prepare()
 
     @property
-    def eval_model(self):
+    def eval_model(self) -> torch.nn.Module:
         """The model that is validated, tested and saved in best.pt: ema.model with --ema."""
         return self.ema.model if self.ema else self.model
 
     @cached_property
-    def has_batch_norm(self):
+    def has_batch_norm(self) -> bool:
         return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
 
-    def least_per_batch(self, processes):  # a resumed run asks for those of the saved one
+    def least_per_batch(self, processes: int) -> int:  # a resumed run asks for those of the saved one
         """The fewest images in a batch: two for each process with batch norm, which needs their variance; else one."""
         return 2 * processes if self.has_batch_norm else 1
 
     @cached_property
-    def batch_sizes(self):
+    def batch_sizes(self) -> list[int]:
         """The sizes of an epoch's batches. A last batch that would be too small is added to the one before."""
         least = self.least_per_batch(distributed.world_size())
         bounds = augment.bounds(len(self.train_set.labels), self.args.batch_size, least)
         return [stop - start for start, stop in bounds]
 
     @property
-    def steps_per_epoch(self):
+    def steps_per_epoch(self) -> int:
         return len(self.batch_sizes)
 
     @property
-    def total_steps(self):
+    def total_steps(self) -> int:
         return max(1, round(self.args.epochs * self.steps_per_epoch))
 
     @cached_property
-    def fingerprint(self):
+    def fingerprint(self) -> int:
         """A checksum of all training and validation images and labels. A resumed run must have the same."""
         return checkpoints.fingerprint(*self.dataset.train)
 
@@ -111,7 +111,7 @@ class Progress:
 # ---------------------------------------------------------------------------------------------- setting up
 
 
-def prepare(args) -> Run:
+def prepare(args: argparse.Namespace) -> Run:
     """Load the data, build the model and all that it is trained with; reject what can't work; measure --minutes."""
     device = distributed.local_device(devices.choose_device(args.device))
     devices.speed_up(device)
@@ -165,7 +165,7 @@ def prepare(args) -> Run:
 # ---------------------------------------------------------------------------------------------- one step
 
 
-def backward(run, images, labels, batch_size):
+def backward(run: Run, images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Forward and backward pass of a batch, in --accum micro-batches. Leaves the gradient, scaled in fp16, in .grad.
 
     `images` is this process's share of a batch of `batch_size` images. Returns the share's [sum of losses, correct
@@ -199,7 +199,7 @@ def backward(run, images, labels, batch_size):
     return totals
 
 
-def train_step(run, images, labels, batch_size):
+def train_step(run: Run, images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Take one optimizer step. Returns what backward() returns."""
     if run.args.opt == "lbfgs":
         return lbfgs_step(run, images, labels, batch_size)
@@ -212,7 +212,7 @@ def train_step(run, images, labels, batch_size):
     return totals
 
 
-def lbfgs_step(run, images, labels, batch_size):
+def lbfgs_step(run: Run, images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Take a step of L-BFGS, which evaluates the loss several times. Returns the totals before the step.
 
     It is for one process, without fp16 and clipping: the line search compares losses.
@@ -229,7 +229,7 @@ def lbfgs_step(run, images, labels, batch_size):
     return evaluations[0]
 
 
-def score(run, split):
+def score(run: Run, split: data.Split) -> tuple[float, float]:
     """Mean loss and accuracy of run.eval_model on a split. The loss is without smoothing and teacher."""
     options = {"loss": run.args.loss, "tta": run.args.tta, "flip": run.args.flip}
     return evaluation.evaluate(run.eval_model, split, run.dataset, run.device, run.precision, **options)
@@ -238,7 +238,7 @@ def score(run, split):
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def train(run, progress, folder, signals):
+def train(run: Run, progress: Progress, folder: run_folder.RunFolder, signals: list[int]) -> str:
     """Train to the last step, an early stop or a signal. Returns why it stopped; raises Diverged.
 
     `signals` is a list that gets the number of a signal when one arrives.
@@ -303,7 +303,7 @@ def train_until(end_step, run, progress, folder, signals, take_step):
         start = time.perf_counter()  # the seconds of logging and saving don't count
 
 
-def finish_epoch(run, progress, folder):
+def finish_epoch(run: Run, progress: Progress, folder: run_folder.RunFolder):
     """Validate, add a row to the history, keep the best weights, save, report."""
     args, history = run.args, progress.history
     start = time.perf_counter()
@@ -343,27 +343,27 @@ def finish_epoch(run, progress, folder):
         folder.log(explain(run, history, best))
 
 
-def lr_multiplier(run, step, history):
+def lr_multiplier(run: Run, step: int, history: list[dict]) -> float:
     """The multiplier of every group's initial learning rate in a step."""
     watched = run.args.sched_monitor or run.args.monitor
     return run.schedule(step / run.steps_per_epoch, [row[watched] for row in history])
 
 
-def find_best(args, history):
+def find_best(args, history: list[dict]) -> dict | None:
     """The best epoch's row of the history; without validation, the latest. None before the first."""
     if args.val_split == 0:
         return history[-1] if history else None
     return early_stopping.best_row(history, args.monitor, args.min_delta)
 
 
-def explain(run, history, best):
+def explain(run: Run, history: list[dict], best: dict) -> str:
     """Why the monitored value has stopped improving, in one line."""
     guess = torch.zeros(1, len(run.dataset.classes))  # logits
     chance = losses.parse(run.args.loss)(guess, torch.tensor([0])).item()
     return plateau.explain(history, best, run.args.monitor, chance)
 
 
-def finish(run, progress, folder, stopped):
+def finish(run: Run, progress: Progress, folder: run_folder.RunFolder, stopped: str) -> dict:
     """Test the best weights, once, unless the run was interrupted or diverged. Write result.json and curves.png."""
     args, history = run.args, progress.history
     best = find_best(args, history)
@@ -396,7 +396,7 @@ def finish(run, progress, folder, stopped):
 # ---------------------------------------------------------------------------------------------- the command line
 
 
-def run_once(args, checkpoint=None):
+def run_once(args: argparse.Namespace, checkpoint: dict | None = None) -> tuple[dict, int]:
     """One run, from its arguments to its result. Returns (what result.json holds, exit status)."""
     with checkpoints.blaming(args.resume):  # an error names that file; the run hasn't begun: exit status 2
         run = prepare(args)
@@ -421,7 +421,7 @@ def run_once(args, checkpoint=None):
     return result, errors.status_of(result["stopped"])
 
 
-def command(argv=None):
+def command(argv: list[str] | None = None) -> int:
     """What the command line asks for. Returns the exit status."""
     with errors.signal_handler(signal.SIG_DFL):  # end at once: Python calls no handler while C++ waits for others
         distributed.init()
@@ -437,7 +437,7 @@ def command(argv=None):
     return status
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     status = errors.exit_status("train.py", lambda: command(argv), as_flags=arguments.as_flags)
     distributed.cleanup(status)
     return status

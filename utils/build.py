@@ -13,7 +13,7 @@ from utils import arguments, checkpoints, devices, distributed, models
 from utils.ema import Ema
 
 
-def load_data(args):
+def load_data(args) -> tuple[data.Dataset, data.Split, data.Split]:
     """Load the dataset and split its training set into train and validation."""
     options = {
         "data_dir": args.data_dir,
@@ -81,7 +81,7 @@ def training_batches(run, step):
             step += 1
 
 
-def make_model(args, dataset, train_set, device):
+def make_model(args, dataset: data.Dataset, train_set: data.Split, device: torch.device) -> torch.nn.Module:
     """A fresh model on the device. Its weights depend on --seed, and on the training images if it has `whiten`."""
     torch.manual_seed(args.seed)
     _, channels, image_size, _ = dataset.train.images.shape
@@ -105,7 +105,7 @@ def make_model(args, dataset, train_set, device):
     return model.to(device, memory_format=torch.preserve_format if plain else torch.channels_last)
 
 
-def on_device(split, device):
+def on_device(split: data.Split, device: torch.device) -> data.Split:
     """Move a split to the device, where batches are augmented, unless it takes over half of a GPU's free memory."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of a run before this one
@@ -114,7 +114,7 @@ def on_device(split, device):
     return data.Split(split.images.to(device), split.labels.to(device))
 
 
-def make_optimizer(args, model):
+def make_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
     options = {"weight_decay": args.weight_decay, "decay_all": args.decay_all, "use_muon": args.opt == "muon"}
     if args.opt != "lbfgs":  # it takes one group of parameters, with one learning rate
         options |= {"lr": args.lr, "layer_decay": args.layer_decay, "lr_scale": args.lr_scale}
@@ -126,7 +126,7 @@ def make_optimizer(args, model):
     return optimizer
 
 
-def compiled(model):
+def compiled(model: torch.nn.Module) -> torch.nn.Module:
     """The compiled model. It compiles at the first batch, and again for a last batch of another size."""
     try:
         return torch.compile(model, dynamic=False)

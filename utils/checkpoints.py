@@ -76,7 +76,7 @@ NOT_ITS_FAULT = re.compile(
 )
 
 
-def save(content: dict, path):
+def save(content: dict, path: str | Path):
     """Write a checkpoint so that `path` always holds a whole one, the old or the new. Raises OSError."""
     buffer = io.BytesIO()  # torch's own writer would hide the reason when the disk is full
     torch.save(content, buffer)
@@ -84,7 +84,7 @@ def save(content: dict, path):
         write(view, path)
 
 
-def check_not_in_the_way(path):
+def check_not_in_the_way(path: str | Path):
     """Raise OSError if something that is no file lies where write() would write."""
     for name in (path, f"{path}.tmp"):  # a device must not be replaced, and writing into a pipe would wait for ever
         if os.path.exists(name) and not os.path.isfile(name):
@@ -93,7 +93,7 @@ def check_not_in_the_way(path):
         raise OSError(f"{path}.tmp is a link: remove it")
 
 
-def write(content: bytes, path):
+def write(content: bytes, path: str | Path):
     """Write a file so that `path` always holds a whole one, the old or the new. Raises OSError."""
     check_not_in_the_way(path)
     temporary = f"{path}.tmp"
@@ -129,12 +129,12 @@ def replace(temporary, path):
     os.replace(temporary, path)
 
 
-def write_json(content: dict, path):
+def write_json(content: dict, path: str | Path):
     """Write a dict as JSON, as write() does."""
     write((json.dumps(content, indent=2) + "\n").encode(), path)
 
 
-def load(path, *, keys: dict = KEYS) -> dict:
+def load(path: str | Path, *, keys: dict = KEYS) -> dict:
     """Read a checkpoint onto the CPU. Raises ValueError for whatever isn't one.
 
     With keys={} it may be any dict of tensors, such as a bare state dict; then FILE.safetensors is read too.
@@ -462,7 +462,7 @@ def _check_lbfgs(optimizer, saved):
 
 
 @contextlib.contextmanager
-def blaming(path):
+def blaming(path: str | Path | None):
     """Turn errors in this context into a ValueError that blames the checkpoint at `path`, unless that is None.
 
     Errors of running out of memory, of the device or of losing another process pass through.

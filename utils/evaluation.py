@@ -9,7 +9,7 @@ import losses
 from utils import arguments, checkpoints, devices, distributed, errors, models
 
 
-def batch_size(shape) -> int:
+def batch_size(shape: tuple[int, int, int]) -> int:
     """How many images of this shape, (channels, height, width), to evaluate at once: 500 of CIFAR-10."""
     return max(1, min(500, 500 * 3 * 32 * 32 // math.prod(shape)))
 
@@ -36,7 +36,7 @@ def evaluate(model, split, dataset, device, precision, *, loss="ce", tta=False, 
     return loss_sum / images, correct / images
 
 
-def check_finite(model, step, lr):
+def check_finite(model: torch.nn.Module, step: int, lr: float):
     """Raise Diverged for weights or statistics that nothing can go on from. The losses may be finite all the same."""
     finite = torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all().item()
     if distributed.all_max(int(not finite)):  # statistics may differ between the processes
@@ -57,7 +57,7 @@ def test(checkpoint, path, *, data, data_dir, device, amp):
     return dataset, loss, acc
 
 
-def args_of(checkpoint):
+def args_of(checkpoint: dict) -> dict:
     """The arguments of a checkpoint's run, with defaults for what a checkpoint from elsewhere may lack."""
     return {"data": "shapes", "amp": "auto", "loss": "ce", "tta": False, "flip": False} | checkpoint["args"]
 

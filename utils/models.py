@@ -1,6 +1,7 @@
 """The models by name, and how to get one back from a file."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ MODELS = {"mlp": mlp_mnist, "cnn": cnn_cifar10, "vit": vit}
 CLASSES = {"mlp": mlp_mnist.MLP, "cnn": cnn_cifar10.CNN, "vit": vit.ViT}
 
 
-def rebuild(checkpoint: dict, path="the checkpoint") -> torch.nn.Module:
+def rebuild(checkpoint: dict, path: str | Path = "the checkpoint") -> torch.nn.Module:
     """The trained model of a checkpoint, on the CPU. Raises ValueError if it can't be built."""
     name = checkpoint["model"]
     if name not in CLASSES:
@@ -49,7 +50,7 @@ def rebuild(checkpoint: dict, path="the checkpoint") -> torch.nn.Module:
     return model
 
 
-def read_init(path, model: str) -> dict:
+def read_init(path: str, model: str) -> dict:
     """What --init starts from, with keys model_args, state_dict and classes: a checkpoint, or a vit_* of timm."""
     content = checkpoints.load(path, keys={})
     if content.keys() >= checkpoints.KEYS.keys():
@@ -84,7 +85,7 @@ def check_same_kind(checkpoint: dict, path, classes: list, images: torch.Tensor)
         raise ValueError(f"{path} knows images of {channels}x{size}x{size}, these are {found}: give such images")
 
 
-def load_teacher(path, dataset, device, precision):
+def load_teacher(path: str, dataset: data.Dataset, device: torch.device, precision: str) -> Callable:
     """A function from images, normalised for the student, to a trained model's logits, for distillation.
 
     Raises ValueError if that model knows other classes or sizes.

@@ -23,23 +23,23 @@ from pathlib import Path
 import torch
 
 
-def confusion(labels, predicted, count):
+def confusion(labels: torch.Tensor, predicted: torch.Tensor, count: int) -> torch.Tensor:
     """How often each class (row) was predicted as each (column): int64 (count, count)."""
     return torch.bincount(labels * count + predicted, minlength=count * count).view(count, count)
 
 
-def precision_and_recall(matrix):
+def precision_and_recall(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-class precision and recall, float64 (classes,) each; NaN where undefined."""
     correct = matrix.diag().double()
     return correct / matrix.sum(0), correct / matrix.sum(1)
 
 
-def by_class(classes, values):
+def by_class(classes: list[str], values: torch.Tensor) -> dict[str, float | None]:
     """A dict of class -> value, None for NaN."""
     return {name: None if math.isnan(value) else value for name, value in zip(classes, values.tolist(), strict=True)}
 
 
-def calibration(logits, labels, bins=15):
+def calibration(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> tuple[float, list]:
     """The expected calibration error (arXiv:1706.04599), and by bin [(images, mean confidence, accuracy)].
 
     The confidence is the probability of the predicted class; a bin holds the images with one in (k/bins, (k+1)/bins].
@@ -56,7 +56,7 @@ def calibration(logits, labels, bins=15):
     return error, list(zip(*columns, strict=True))
 
 
-def fit_temperature(logits, labels):
+def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The T, in 0.01..100, for which logits / T have the least cross-entropy. Fit it on images that didn't train.
 
     The loss is convex in 1 / T, so its derivative, mean expected logit minus mean logit of the labels, has one root.
@@ -71,7 +71,7 @@ def fit_temperature(logits, labels):
     return math.exp((low + high) / 2)
 
 
-def as_text(matrix, classes):
+def as_text(matrix: torch.Tensor, classes: list[str]) -> str:
     """Precision and recall of each class, and the confusion matrix, or its largest errors beyond 20 classes."""
     width = max(6, *map(len, classes))
     lines = [f"{'class':<{width}}  precision  recall  images"]
@@ -95,7 +95,7 @@ def as_text(matrix, classes):
     return "\n".join(lines)
 
 
-def check_replaceable(path):
+def check_replaceable(path: str | Path):
     """Raise ValueError if a file lies there that is no plot of matplotlib's."""
     if os.path.isfile(path):
         with open(path, "rb") as file:
@@ -103,14 +103,14 @@ def check_replaceable(path):
                 raise ValueError(f"{path} is no plot, and would be replaced: remove it, or name another file")
 
 
-def new_figure(width, height):
+def new_figure(width: float, height: float):
     """A white figure of that many inches. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save(figure, path):
+def save(figure, path: str | Path):
     """Write a figure in the format of its name, or PNG; a $ is a $, and a letter that no font has an empty box."""
     from matplotlib.text import Text
 
@@ -123,7 +123,7 @@ def save(figure, path):
     Path(path).write_bytes(plot.getvalue())
 
 
-def draw_confusion(matrix, classes, path):
+def draw_confusion(matrix: torch.Tensor, classes: list[str], path: str | Path):
     """Plot the confusion matrix: colours are shares of the true class, up to 20 classes with the counts."""
     count = len(classes)
     size = min(14, 2.6 + 0.45 * count)
@@ -163,7 +163,7 @@ def draw_mistakes(images, logits, labels, classes, path, count=36):
     save(figure, path)
 
 
-def draw_reliability(calibrations, path):
+def draw_reliability(calibrations: dict[str, tuple], path: str | Path):
     """Plot accuracy against confidence; `calibrations` maps one or two names to what `calibration` returns."""
     figure = new_figure(6, 6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
