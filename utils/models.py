@@ -1,6 +1,7 @@
 """The models by name, and how to get one back from a file."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def read_init(path: str, model: str) -> dict:
     """What --init starts from, with keys model_args, state_dict and classes: a checkpoint, or a vit_* of timm."""
     content = checkpoints.load(path, keys={})
     if content.keys() >= checkpoints.KEYS.keys():
-        content = checkpoints.load(path)  # now with all checks
+        checkpoints.validate(path, content, checkpoints.KEYS, os.path.getsize(path))
         if content["model"] != model:
             raise ValueError(f"--init {path} holds a {content['model']}, not a {model}: use --model {content['model']}")
         rebuild(content, path)  # rejects sizes that aren't those of its weights: no larger model is built
