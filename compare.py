@@ -110,7 +110,7 @@ def values_of(text):
 
 def flags_of(name, value, switches):
     """lr, 0.1 -> --lr 0.1; for a switch, a flag without a value: flip, on -> --flip; flip, off -> --no-flip."""
-    flag = "--" + name.replace("_", "-")
+    flag = arguments.flag_name(name)
     if flag in switches and value in ("on", "off"):
         return [flag if value == "on" else f"--no-{flag[2:]}"]
     return [flag, value]
@@ -140,14 +140,14 @@ def run_one(name, args):
     return result, status
 
 
-def run_all(variants, runs, check_not_moved):
+def run_all(runs, check_not_moved):
     """Run all `runs`. Returns name -> results of those that didn't fail; a signal raises Interrupted."""
-    results = {name: [] for name in variants}
+    results = {name: [] for name, _ in runs}
     spent = []  # seconds of those that weren't finished before
     own_set = None  # where no --data is given: the set that the first run has found, or fallen back to
     for done, (name, args) in enumerate(runs, start=1):
         check_not_moved()
-        if own_set and "data" not in args.given:
+        if own_set and "data" not in args.given:  # as if given: no later run may fall back
             args = arguments.changed(args, data=own_set, given=args.given | {"data"})
         start = time.perf_counter()
         finished_before = arguments.ended(Path(args.out))
@@ -159,7 +159,7 @@ def run_all(variants, runs, check_not_moved):
         if status:
             said = f"failed ({result['stopped']})" if result else "failed"
         else:
-            # Folder, data and device as they are now: they may have been moved since it was written.
+            # With --out, --data-dir and --device of now, for test() and draw(): folders may have moved since it ran.
             results[name].append(result | {"args": vars(args)})
             if not own_set and result["args"]["data"] != args.data:
                 note = f"note: {args.data} wasn't available, the others train on {result['args']['data']}, too"
@@ -304,20 +304,20 @@ def command(argv):
         args, _ = arguments.parse([*rest, *flags], "compare.py")
         ours = {"seed", "runs", "out", "no_test", "eval", "resume"}
         arguments.reject_idle(args, ours, f"in variant {name}")
-        arguments.check_out(own.out, args.data_dir, args.data)
+        arguments.check_out(own.out, args.data_dir, args.data)  # parse() sees no --out, check() below one within it
         if args.val_split == 0:
             raise ValueError(f"{name}: there is nothing to rank by with --val-split 0: hold some images out")
         for seed in seeds:
             folder = out / folder_name(name) / f"seed-{seed}"
             runs.append((name, arguments.changed(args, seed=seed, no_test=True, out=str(folder))))
-            arguments.check(runs[-1][1])
+            arguments.check(runs[-1][1])  # again, with the seed and the folder
     names = {args.data for _, args in runs}
     if len(names) > 1 and not all("data" in args.given for _, args in runs):
         raise ValueError(f"the variants train on different data, {' and '.join(sorted(names))}: give --data")
 
     with run_folder.locked(out) as folder:
         reject_another(out, variants, rest, seeds)
-        results = run_all(variants, runs, folder.check_not_moved)
+        results = run_all(runs, folder.check_not_moved)
         if not any(results.values()) and (out / "compare.json").exists():
             raise errors.Failed("no variant has a result: the table from before stays")
         rows = ranked(results, variants, own.runs)

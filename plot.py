@@ -97,8 +97,8 @@ def with_metrics(folders):
     """The folders of runs among these, and in the folders of --runs; without those that have no metrics.csv."""
     runs = []
     for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise ValueError(f"{folder} doesn't exist or is no folder: name the folders of runs")
+        if not os.path.lexists(folder):
+            raise ValueError(f"{folder} doesn't exist: name the folders of runs")
         seeds = sorted(path for path in folder.glob("seed-*") if path.is_dir())
         runs += seeds or [folder]
     found = [run for run in runs if (run / "metrics.csv").is_file()]

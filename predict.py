@@ -279,7 +279,7 @@ def print_report(args, checkpoint, model, device):
             notes.append("without TTA")
         if checkpoint["args"].get("loss", "ce") != "ce":
             notes.append("the loss is cross-entropy")
-        test_line = evaluation.test_line(dataset, results["test_loss"], results["test_acc"], False, ", ".join(notes))
+        test_line = evaluation.test_line(dataset, results["test_loss"], results["test_acc"], False, *notes)
         errors.show(f"{test_line}\n")
         errors.show(f"{report.as_text(matrix, shown)}\n\n{text}")
     out.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@
 Read it from top to bottom: the nouns (Run, Progress), setting up, one step, the run, the command line. run_once, near
 the end, calls all of it in turn. Flags are declared in utils/arguments.py, and in the files that they control:
 optimizers.py, schedulers.py, losses.py, augment.py, the models. A value is the user's, else last.pt's in a resumed run,
-else the model's (RECIPE; with another --opt not its lr, decay ...), else the optimizer's (DEFAULTS), else the flag's
-default.
+else the model's (that of --init; RECIPE, with another --opt not its lr, decay ...), else the optimizer's (DEFAULTS),
+else the flag's default.
 """
 
 import argparse
@@ -287,7 +287,7 @@ def train_until(end_step, run, progress, folder, signals, take_step):
         if not (stop or log or save or at_end):
             continue
         # What follows waits for the device: not in each step. At the end it completes the seconds for finish_epoch().
-        loss_sum, _, seen = distributed.all_reduce(progress.totals).tolist()  # of a copy
+        loss_sum, _, seen = distributed.all_reduce(progress.totals).tolist()
         progress.seconds += time.perf_counter() - start
         if not math.isfinite(loss_sum):
             raise errors.Diverged(f"the training loss is {loss_sum}", progress.step, args.lr * multiplier)
@@ -379,8 +379,8 @@ def finish(run: Run, progress: Progress, folder: run_folder.RunFolder, stopped: 
             run.eval_model.load_state_dict(content["state_dict"])
             test_loss, test_acc = score(run, run.dataset.test)
             if math.isfinite(test_loss):
-                how_often = "read again" if arguments.ended(folder.path) else "read once"
-                folder.log(evaluation.test_line(run.dataset, test_loss, test_acc, args.tta, how_often))
+                notes = [] if args.resume else ["read once"]  # else it may have been read before
+                folder.log(evaluation.test_line(run.dataset, test_loss, test_acc, args.tta, *notes))
             else:
                 folder.log(f"the test loss is {test_loss}: try --eval {folder.path / 'best.pt'} --amp off")
                 stopped, test_loss, test_acc = "non-finite loss", None, None

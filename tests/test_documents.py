@@ -267,4 +267,13 @@ def test_a_model_whose_checkpoints_could_not_be_loaded_is_not_trained(tiny, monk
     add_model(monkeypatch, build)
     assert call(*TINY_MLP, "--model", "mine", "--out", "run") == 2
     one_line(capsys, "--model mine has channels None in its model_args, the run has 3: pass it on in build()")
+
+    def forgets(args, **sizes):
+        model = mlp_mnist.build(args, **sizes)
+        del model.model_args["hidden"]
+        return model
+
+    add_model(monkeypatch, forgets)
+    assert call(*TINY_MLP, "--model", "mine", "--out", "run") == 2
+    one_line(capsys, "--model mine can't be built again from its model_args: put all its keywords there")
     assert not Path("run").exists()

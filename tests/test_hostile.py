@@ -857,6 +857,25 @@ def test_sizes_that_the_weights_do_not_have_are_one_line_wherever_they_are_used(
     one_line(capsys, "run/last.pt")
 
 
+def test_a_word_of_blanks_is_no_argument(tiny, capsys):
+    assert rejected(*TINY, " ") == 2
+    one_line(capsys, "unrecognized arguments: : see train.py")
+
+
+@pytest.mark.parametrize("model, name", [("mlp", "hidden"), ("cnn", "widths")])
+@pytest.mark.parametrize("where", ["model_args", "args"])
+def test_sizes_beyond_all_machines_are_one_line(model, name, where, tiny, capsys):
+    """Either in the description of the model, or left out of it and in the arguments that a resume would build."""
+    assert call("--model", model, f"--{name}", 8, *TINY, "--out", "run") == 0
+    content = checkpoints.load("run/last.pt", keys=checkpoints.RESUME_KEYS)
+    content["model_args"].pop(name) if where == "args" else content["model_args"].update({name: (10**7,)})
+    content["args"][name] = (10**7,)
+    torch.save(content, "run/last.pt")
+    capsys.readouterr()
+    assert call("--resume", "run/last.pt") == 2
+    one_line(capsys, "run/last.pt")
+
+
 def test_a_small_file_makes_no_large_objects(tiny, capsys):
     class Large:
         def __reduce__(self):
@@ -1753,7 +1772,9 @@ def test_gradients_that_are_never_finite_end_the_run(tiny, monkeypatch, capsys):
         ("--patch-size 8", "unrecognized arguments: --patch-size 8: --patch-size is a flag of --model vit"),
         ("--leraning-rate 1", "--leraning-rate 1: see train.py --model mlp --help; quote names with spaces"),
         ("--epoch 1", "unrecognized arguments: --epoch 1: did you mean --epochs?"),
-        (f"{HERE}/README.md", f"{HERE}/README.md: did you mean @{HERE}/README.md?"),
+        ("recipes/mlp.args", "recipes/mlp.args: did you mean @recipes/mlp.args?"),
+        ("runs/best.pt", "runs/best.pt: see train.py --model mlp --help"),
+        ("--model cnn --dropout 0", "--dropout is a flag of --model mlp and vit"),
         ("@flags.args", "@flags.args must be a file of flags"),
         ("--data nowhere --img-size 8", "--data nowhere is no folder and no known set: choose cifar10, "),
         ("--model vit --dim 1", "--heads 3 must divide dim 1: try 1"),

@@ -145,6 +145,8 @@ def test_vit_refuses_images_of_another_size():
         lambda: mlp_mnist.MLP(image_size=0),
         lambda: vit.ViT(**VIT | dict(heads=5)),
         lambda: mlp_mnist.MLP(hidden=(8, 0)),
+        lambda: mlp_mnist.MLP(hidden=(1,) * 1001),
+        lambda: mlp_mnist.MLP(hidden=5),
         lambda: mlp_mnist.MLP(dropout=math.nan),
     ],
 )

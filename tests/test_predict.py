@@ -92,9 +92,11 @@ def test_plot_command_line(tmp_path):
     done = python(HERE / "plot.py", "a", "b", "c", "--out", "three.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "three.png").size == (1500, 558)
+    done = python(HERE / "plot.py", "a", "three.png", cwd=tmp_path)  # as in runs/opts/*
+    assert done.returncode == 0 and done.stderr == "note: three.png is left out, it has no metrics.csv\n"
     for i in range(9):
         fake_run(tmp_path / f"r{i}", [0.5], lr=float(i + 1))
-    missing = "nowhere doesn't exist or is no folder: name the folders of runs"
+    missing = "nowhere doesn't exist: name the folders of runs"
     for wrong, word in ((["a", "nowhere"], missing), (["a", *(f"r{i}" for i in range(9))], "10 curves")):
         done = python(HERE / "plot.py", *wrong, cwd=tmp_path)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr, done.stderr

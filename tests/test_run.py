@@ -55,11 +55,11 @@ def test_every_output_is_there_and_says_the_same(tiny, capsys):
     assert call(*TINY_MLP) == 0 and (tiny / "runs" / "mlp-shapes-adamw-cosine-2" / "result.json").exists()
 
 
-def test_a_finished_run_says_that_it_reads_the_test_set_again(tiny, capsys):
+def test_a_resumed_run_does_not_say_that_it_reads_the_test_set_once(tiny, capsys):
     assert call(*TINY_MLP, "--out", "run") == 0
-    assert "40 images, read once)" in capsys.readouterr().out
+    assert "(shapes, 40 images, read once)" in capsys.readouterr().out
     assert call("--resume", "run/last.pt", "--epochs", 2) == 0
-    assert "40 images, read again)" in capsys.readouterr().out
+    assert "(shapes, 40 images)" in capsys.readouterr().out
 
 
 def test_a_folder_in_place_of_a_checkpoint_is_told_which_file(tiny, capsys):

@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=program, **options)
         self.count = 0  # of words in @files
         self.hint = ""  # for flags that aren't known
-        self.of_other_models = {}  # flag -> model
+        self.of_other_models = {}  # flag -> models
 
     def convert_arg_line_to_args(self, line):
         words = self.checked(split_flags(line))
@@ -76,16 +76,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if message.startswith("unrecognized arguments: "):
-            message += self.remedy(message.split()[2])
+            message += self.remedy(message.removeprefix("unrecognized arguments: ").partition(" ")[0])
         super().error(errors.one_line(message))
 
     def remedy(self, word):
         """What may have been meant by an unknown word."""
         flag = word.partition("=")[0]
         if flag in self.of_other_models:
-            return f": {flag} is a flag of --model {self.of_other_models[flag]}"
+            return f": {flag} is a flag of --model {' and '.join(self.of_other_models[flag])}"
         near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.8)
-        if os.path.isfile(word):
+        if word.endswith(".args"):
             near = [f"@{word}"]
         if near:
             return f": did you mean {near[0]}?"
@@ -139,11 +139,13 @@ def as_flags(message: str) -> str:
 
 def make_parser(model, program="train.py"):
     parser = Parser(program, description=f"Train an image classifier. In brackets the defaults of --model {model}.")
-    parser.hint = f"see train.py --model {model} --help; quote names with spaces"
-    for other in MODELS:
-        flags_of_other = argparse.ArgumentParser(add_help=False)
-        MODELS[other].add_args(flags_of_other)
-        parser.of_other_models |= dict.fromkeys(flags_of_other._option_string_actions, other)
+    own_help = "" if program == "train.py" else f"{program} --help and "
+    parser.hint = f"see {own_help}train.py --model {model} --help; quote names with spaces"
+    for other in [name for name in MODELS if name != model]:
+        own = argparse.ArgumentParser(add_help=False)
+        MODELS[other].add_args(own)
+        for name in own._option_string_actions:
+            parser.of_other_models.setdefault(name, []).append(other)
     flag = parser.add_argument_group("run").add_argument
     flag("--model", default="mlp", choices=MODELS, help="each has flags of its own: --model NAME --help (mlp)")
     flag("--epochs", type=float, metavar="N", help="length of the run, fractions allowed (%(default)s)")
@@ -221,7 +223,9 @@ def parse(argv=None, program="train.py"):
         checkpoint = distributed.on_main(lambda: checkpoints.load(chosen.resume, keys=checkpoints.RESUME_KEYS))
     with checkpoints.blaming(chosen.resume):
         if checkpoint:
-            rebuild(checkpoint, chosen.resume)  # rejects sizes that aren't those of its weights
+            model = rebuild(checkpoint, chosen.resume)  # rejects sizes that aren't those of its weights
+            if model.model_args != checkpoint["model_args"]:  # those that it leaves out would be its args'
+                raise ValueError(f"{chosen.resume} doesn't hold all keywords of its model: see its model_args")
         args = _parse(argv, program, chosen, checkpoint["args"] if checkpoint else None)
     return args, checkpoint
 
@@ -229,8 +233,8 @@ def parse(argv=None, program="train.py"):
 def _parse(argv, program, chosen, resumed):
     """The arguments, from the few parsed first (`chosen`) and those of the run to go on with (`resumed`, or None)."""
     model = chosen.model if resumed is None else resumed.get("model")
-    if model not in MODELS:
-        model = "mlp"  # the parser rejects what isn't there
+    if model not in MODELS:  # none given; or an unknown one, which the parser or check_resumed() rejects below
+        model = "mlp"
     parser, recipe = make_parser(model, program), MODELS[model].RECIPE
     defaults = vars(parser.parse_args([]))
     parser.set_defaults(**recipe)  # so that --help shows them
@@ -402,7 +406,7 @@ def check(args):
     check_out(args.out, args.data_dir, args.data)
     if args.runs > 1 and args.no_test and args.val_split == 0:
         raise ValueError(f"--runs {args.runs} has no accuracies to average with --no-test and --val-split 0: drop one")
-    if args.resume and not distributed.restarted():
+    if args.resume and not distributed.restarted():  # else parse() added --resume to the first command
         reject_idle(args, {"minutes", "runs"}, "with --resume")
     if {"epochs", "minutes"} <= args.given:
         raise ValueError(f"--minutes {args.minutes} and --epochs {args.epochs} are two lengths: leave one out")

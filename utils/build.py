@@ -90,25 +90,21 @@ def make_model(args, dataset: data.Dataset, train_set: data.Split, device: torch
         model = models.MODELS[args.model].build(args, **sizes)
     except (ArithmeticError, AttributeError, TypeError, RuntimeError, MemoryError) as error:  # sizes too large
         raise ValueError(f"--model {args.model} can't be built in these sizes: {str(error)[:100]}") from None
-    flags = {name: value for name, value in vars(args).items() if name in model.model_args and value is not None}
-    for name, value in (sizes | flags).items():
-        if model.model_args.get(name) != value:  # its checkpoints couldn't be loaded
-            held = f"--model {args.model} has {name} {model.model_args.get(name)} in its model_args"
-            raise ValueError(f"{held}, the run has {value}: pass it on in build()")
+    models.check_model_args(args, model, sizes)
     if hasattr(model, "whiten"):
         some = data.limit(train_set, min(512, len(train_set.labels)), args.seed)
         images, _ = next(augment.batches(some, 512, dataset.mean, dataset.std, "cpu"))
         model.whiten(images)
     # Convolutions are faster with the channels last, matrices don't mind. But L-BFGS can't flatten such gradients, and
     # those of batch norms are wrong on MPS (https://github.com/pytorch/pytorch/issues/175189).
-    plain = args.opt == "lbfgs" or device.type == "mps"
-    return model.to(device, memory_format=torch.preserve_format if plain else torch.channels_last)
+    as_it_is = args.opt == "lbfgs" or device.type == "mps"
+    return model.to(device, memory_format=torch.preserve_format if as_it_is else torch.channels_last)
 
 
 def on_device(split: data.Split, device: torch.device) -> data.Split:
     """Move a split to the device, where batches are augmented, unless it takes over half of a GPU's free memory."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of a run before this one
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # left by a run before
         if split.images.nbytes > (torch.cuda.mem_get_info(device)[0] + cached) / 2:
             return split
     return data.Split(split.images.to(device), split.labels.to(device))
@@ -116,7 +112,7 @@ def on_device(split: data.Split, device: torch.device) -> data.Split:
 
 def make_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
     options = {"weight_decay": args.weight_decay, "decay_all": args.decay_all, "use_muon": args.opt == "muon"}
-    if args.opt != "lbfgs":  # it takes one group of parameters, with one learning rate
+    if args.opt != "lbfgs":  # which takes one group of parameters, with one learning rate
         options |= {"lr": args.lr, "layer_decay": args.layer_decay, "lr_scale": args.lr_scale}
     groups = optimizers.parameter_groups(model, **options)
     own = optimizers.options_of(args.opt) - optimizers.GROUP_OPTIONS

@@ -94,12 +94,9 @@ def exit_status(program, function, *, as_flags=str):
         return 128 + stop.args[0]
     except BrokenPipeError:  # ... | head
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Failed) as error:
         complain_once(program, as_flags(str(error)))
-        return 2
-    except Failed as error:
-        complain_once(program, as_flags(str(error)))
-        return 1
+        return 1 if isinstance(error, Failed) else 2
     except Exception as error:
         if devices.is_out_of_memory(error):
             remedy = "lower --batch-size, or make the model or the images smaller"

@@ -62,12 +62,9 @@ def args_of(checkpoint: dict) -> dict:
     return {"data": "shapes", "amp": "auto", "loss": "ce", "tta": False, "flip": False} | checkpoint["args"]
 
 
-def test_line(dataset, loss, acc, tta, note=""):
-    notes = [dataset.name, f"{len(dataset.test.labels):,} images"]
-    if tta:
-        notes.append("with TTA")
-    if note:
-        notes.append(note)
+def test_line(dataset, loss, acc, tta, *notes):
+    with_tta = ["with TTA"] if tta else []
+    notes = [dataset.name, f"{len(dataset.test.labels):,} images", *with_tta, *notes]
     return f"test acc {acc:.4f}  loss {loss:.4f}  ({', '.join(notes)})"
 
 

@@ -16,7 +16,7 @@ from utils.finetune import few
 
 # A model is a keyword-only nn.Module in a file with RECIPE, add_args(parser) and build(args, *, image_size, channels,
 # num_classes). To add one, name its file and its class here. Its class needs
-#   model_args                 the keywords that built it, those three among them, and flags by their own names
+#   model_args                 all keywords that built it, those three among them; one named as a flag is that flag
 #   head                       the last layer, left out when another model's weights with other classes are loaded
 # and, for constants that hold infinities, such as a mask, register_buffer(..., persistent=False); it may have
 #   whiten(images)             set the first layer from normalised training images, before training
@@ -26,6 +26,27 @@ from utils.finetune import few
 #   resize_positions(state)    adapt a state dict that was trained at another image size
 MODELS = {"mlp": mlp_mnist, "cnn": cnn_cifar10, "vit": vit}
 CLASSES = {"mlp": mlp_mnist.MLP, "cnn": cnn_cifar10.CNN, "vit": vit.ViT}
+
+
+def check_model_args(args, model: torch.nn.Module, sizes: dict):
+    """Raise ValueError, before any training, for a model whose checkpoints couldn't be loaded."""
+
+    def shapes(model):
+        return {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+    held = getattr(model, "model_args", {})
+    wanted = sizes | {name: value for name, value in vars(args).items() if name in held and value is not None}
+    for name, value in wanted.items():
+        if held.get(name) != value:
+            said = f"--model {args.model} has {name} {held.get(name)} in its model_args, the run has {value}"
+            raise ValueError(f"{said}: pass it on in build()")
+    try:
+        with torch.device("meta"):
+            fits = shapes(CLASSES[args.model](**held)) == shapes(model)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"--model {args.model} can't be built again from its model_args: put all its keywords there")
 
 
 def rebuild(checkpoint: dict, path: str | Path = "the checkpoint") -> torch.nn.Module:
@@ -75,15 +96,18 @@ def fingerprint(content: dict) -> int:
     return checkpoints.fingerprint(*(value for value in weights.values() if isinstance(value, torch.Tensor)))
 
 
-def check_same_kind(checkpoint: dict, path, classes: list, images: torch.Tensor):
-    """Raise ValueError unless a checkpoint's model was trained on these classes and on images of this shape."""
+def check_same_kind(checkpoint: dict, whose: str | Path, classes: list, images: torch.Tensor):
+    """Raise ValueError unless a checkpoint's model was trained on these classes and on images of this shape.
+
+    `whose` checkpoint it is begins the message.
+    """
     size, channels = checkpoint["image_size"], checkpoint["channels"]
     if checkpoint["classes"] != list(classes):
-        known = f"{path} knows other classes, {few(checkpoint['classes'])}"
+        known = f"{whose} knows other classes, {few(checkpoint['classes'])}"
         raise ValueError(f"{known}, than these, {few(classes)}: give data with its classes")
     if images.shape[1:] != (channels, size, size):
         found = "x".join(str(n) for n in images.shape[1:])
-        raise ValueError(f"{path} knows images of {channels}x{size}x{size}, these are {found}: give such images")
+        raise ValueError(f"{whose} knows images of {channels}x{size}x{size}, these are {found}: give such images")
 
 
 def load_teacher(path: str, dataset: data.Dataset, device: torch.device, precision: str) -> Callable:

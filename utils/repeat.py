@@ -22,7 +22,8 @@ def repeat(args, run_once) -> int:
             for seed in range(args.seed, args.seed + args.runs):
                 folder.check_not_moved()
                 own = arguments.changed(args, seed=seed, runs=1, out=str(folder.path / f"seed-{seed}"))
-                if results:  # the set that the first one found, or none: it may have fallen back to another
+                # On the first one's set. As if given, so that a seed without it fails, and doesn't fall back.
+                if results:
                     own = arguments.changed(own, data=results[0]["args"]["data"], given=args.given | {"data"})
                 result, status = run_seed(own, run_once)
                 if status > 128:
@@ -58,7 +59,7 @@ def run_seed(args, run_once):
         result = read_result(folder / "result.json")
     if checkpoint or result:
         saved = checkpoint["args"] if checkpoint else result["args"]
-        reject_another_run(args, saved, checkpoint or {})
+        check_same_run(args, saved, checkpoint or {})
     if result and result["stopped"] != "interrupted":
         dataset, _, _ = build.load_data(arguments.changed(args, data=result["args"]["data"]))
         if checkpoint and checkpoint["images"] != checkpoints.fingerprint(*dataset.train):
@@ -66,15 +67,17 @@ def run_seed(args, run_once):
         run_folder.print_line(f"{folder} is finished")
         return result, errors.status_of(result["stopped"])
     if checkpoint:
+        # The set may have been a fallback, and the lengths measured, for --minutes.
         before = {name: saved[name] for name in ("data", "epochs", "warmup_epochs")}
         args = arguments.changed(args, resume=str(folder / "last.pt"), **before)
     return run_once(args, checkpoint)
 
 
-def reject_another_run(args, saved, checkpoint):
+def check_same_run(args, saved, checkpoint):
     """Raise ValueError unless a seed's folder holds, with arguments `saved`, the run that is asked for."""
     held = f"--out {Path(args.out).parent} holds runs"
     wanted = arguments.plain(args)
+    # Another model has other flags, too: of it the loop below names --model.
     if saved.get("model") == args.model and saved.keys() != wanted.keys():
         raise ValueError(f"{held} of another version of train.py: name another")
     may_differ = set(arguments.NO_MATTER)

@@ -106,7 +106,7 @@ class RunFolder(contextlib.AbstractContextManager):
         except ImportError:
             self.log("no curves.png: pip install matplotlib")
         except Exception as error:
-            self.log(f"no curves.png ({' '.join(str(error).split())[:200]})")
+            self.log(f"no curves.png ({errors.one_line(error)[:200]})")
 
     def open_events(self, history: list):
         """Write TensorBoard events: those of the history, again or for the first time, and from now on."""
@@ -191,7 +191,7 @@ def first_free(out, default, going_on):
     if not out:
         candidates += [Path(f"{default}-{n}") for n in range(2, 10000)]
     for path in candidates:
-        if not out and holds_run(path):
+        if not out and holds_run(path):  # not even locked: that run may be resumed at this moment
             continue
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         held = claimed = None
@@ -201,7 +201,7 @@ def first_free(out, default, going_on):
                 made = []  # another process has made it, or will write there
                 if out:
                     raise ValueError(f"--out {path} is being written by a run that is alive: name another folder")
-            elif going_on or not holds_run(path):
+            elif going_on or not holds_run(path):  # asked under the lock
                 log = path / "log.txt"
                 if os.path.islink(log) or (log.exists() and not log.is_file()):
                     raise ValueError(f"--out {path} has a log.txt that is no file: name another folder")
@@ -226,8 +226,8 @@ def first_free(out, default, going_on):
 def holds_run(path: Path) -> bool:
     """Does a folder hold anything of a run?
 
-    A log that this same command began, killed before it saved anything, doesn't count; in a folder of one of several
-    seeds, any command's.
+    A log alone, of a run killed before it saved anything, doesn't count if this same command began it; in seed-N, of
+    --runs or a comparison, whichever command began it.
     """
     log = path / "log.txt"
     is_seed = path.name.startswith("seed-")
@@ -361,7 +361,7 @@ def clock(seconds: float) -> str:
 
 
 def result_of(run, progress, best: dict | None, stopped: str, test_loss, test_acc) -> dict:
-    """What result.json holds. Accuracies are fractions; a copy of the model counts the operations of training."""
+    """What result.json holds. Accuracies are fractions."""
     history = progress.history
     seconds = sum(row["seconds"] for row in history)
     images = sum(row["seconds"] * row["images_per_second"] for row in history)

@@ -81,13 +81,14 @@ def restore(run, progress, checkpoint: dict):
             raise ValueError(f"with {processes} processes its epochs had other batches: start as many")
         validated = checkpoint["history"][-1]["step"] if checkpoint["history"] else 0
         step, total = checkpoint["step"], run.total_steps
-        if step > total or (step == total and step > validated):
+        # At the last step training is over: what came after the history's last row would never be validated.
+        if step > total or step == total > validated:
             raise ValueError(f"--epochs {run.args.epochs:g} end by step {total}, and it stopped at step {step}")
         # Load its states.
         if run.ema:
             run.ema.load_state_dict({"model": checkpoint["state_dict"], "updates": checkpoint["ema"]["updates"]})
         run.model.load_state_dict(checkpoint["ema"]["trained"] if run.ema else checkpoint["state_dict"])
-        fp16 = bool(checkpoint["scaler"])  # all its steps so far may have been skipped
+        fp16 = bool(checkpoint["scaler"])  # then all steps so far may have been skipped, and there is no state yet
         saved = checkpoints.optimizer_state(run.optimizer, checkpoint["optimizer"], may_be_empty=fp16)
         run.optimizer.load_state_dict(saved)
         for state in run.optimizer.state.values():
@@ -119,23 +120,23 @@ def folder_of_run(run, progress, best: dict | None) -> run_folder.RunFolder:
         return run_folder.open_folder(args.out, default)
     old_folder = Path(args.resume).parent
     moved = args.out is not None and os.path.realpath(args.out) != os.path.realpath(old_folder)
-    # If not, last.pt has the best weights, or no epoch has ended.
-    best_is_older = best is not None and best["step"] < progress.step
+    # last.pt has the weights of progress.step: those of an earlier best epoch are in best.pt alone.
+    needs_best_pt = best is not None and best["step"] < progress.step
 
     def load_old_best():
-        """Load the best.pt that is to be kept, or that would be overwritten; None if there is none."""
+        """Load best.pt if the run needs it, or would overwrite it here; None if neither."""
         last, path = old_folder / "last.pt", old_folder / "best.pt"
         if not moved and not (last.exists() and last.samefile(args.resume)):
             raise ValueError(f"--resume {args.resume} is not the last.pt of its folder: name a folder for it, --out")
-        if not best_is_older and (moved or not path.exists()):
+        if not needs_best_pt and (moved or not path.exists()):
             return None
-        remedy = "put its own back" if best_is_older else "remove it, or name another folder, --out"
+        remedy = "put its own back" if needs_best_pt else "remove it, or name another folder, --out"
         try:
             content = checkpoints.load(path)
         except ValueError as error:
             raise ValueError(f"{error}: {remedy}") from None
         # Compared as text, since NaN isn't equal to itself: with --val-split 0 nothing is validated.
-        rows = map(str, [best] if best_is_older else history)
+        rows = map(str, [best] if needs_best_pt else history)
         if str(content["metrics"]) not in rows or content["model_args"] != run.model.model_args:
             raise ValueError(f"{path} is not the best epoch of --resume {args.resume}: {remedy}")
         return content
@@ -145,9 +146,9 @@ def folder_of_run(run, progress, best: dict | None) -> run_folder.RunFolder:
     try:
         if history:  # the run may have been killed after it saved last.pt, before it wrote these
             folder.write_metrics(history)
-            if best and not best_is_older:
+            if best and not needs_best_pt:
                 folder.save("best.pt", best_content(run, progress))
-            elif old_best and moved:
+            elif old_best and moved:  # it's needed, and not in the new folder
                 folder.save("best.pt", old_best)
         if moved:  # so that a restart finds all that it needs in the new folder
             folder.save("last.pt", last_content(run, progress))
