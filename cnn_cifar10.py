@@ -53,8 +53,7 @@ class ConvNormAct(nn.Sequential):
     def __init__(self, inputs: int, outputs: int, pool: int = 1):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        weight = self.conv.weight.detach()[:inputs]
-        weight.zero_()[:, :, 1, 1].diagonal().fill_(1)  # nn.init.dirac_, without its loop over the channels
+        nn.init.dirac_(self.conv.weight.detach()[:inputs])
         if pool > 1:
             self.pool = nn.MaxPool2d(pool)
         self.norm = nn.BatchNorm2d(outputs)
