@@ -34,8 +34,8 @@ from torch import Generator, Tensor
 
 FORMATS = "JPEG PNG BMP GIF WEBP AVIF TIFF PPM".split()  # Pillow's: others may start programs, such as Ghostscript
 MARK = "augment.py of small PyTorch training scripts"  # in a plot, which may be replaced by another
-CHUNK = 1024  # images: small batches are augmented together, in chunks, which takes less time
-GPU_CHUNK = 2**25  # pixel values: a GPU waits for launches, so its chunks are larger
+CHUNK = 1024  # images of small batches that are augmented together: fewer, larger operations
+GPU_CHUNK = 2**25  # the same on a GPU, in pixel values: more, as it waits for launches
 
 
 def seeded(*key, device="cpu") -> Generator:
@@ -61,19 +61,19 @@ def bounds(n: int, batch_size: int, least: int = 1) -> list[tuple[int, int]]:
 
 def batches(
     split: tuple[Tensor, Tensor], batch_size: int, mean: Sequence[float], std: Sequence[float], device, *,
-    key: tuple | None = None, first: int = 0, every: int = 1, least: int = 1, rank: int = 0, world_size: int = 1,
-    crop_pad: int = 0, flip: bool = False, augment: str = "none", erase: float = 0.0,
-    mixup: float = 0.0, cutmix: float = 0.0, num_classes: int | None = None,
+    key: tuple[int, int] | None = None, first: int = 0, every: int = 1, least: int = 1,
+    rank: int = 0, world_size: int = 1, crop_pad: int = 0, flip: bool = False, augment: str = "none",
+    erase: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0, num_classes: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield (images, labels) on the device: float32 (b, channels, height, width), normalised, and int64 (b,).
 
     `split` is a pair: images, uint8 (n, channels, height, width), and labels, int64 (n,). `mean` and `std` are by
-    channel, of pixels in 0..1. Without a key the images come in their order, as they are. With key=(seed, epoch) they
+    channel, of pixels in 0..1. Without a key the images come in their order, not augmented. With key=(seed, epoch) they
     are shuffled, which depends on the key alone, and augmented, which depends on batch_size and the device as well: by
-    `crop_and_flip` (augment="strong": `distort`), by `erase_some` in the share `erase` of them and by `mix`, whose
-    alphas are `mixup` and `cutmix`, and which makes the labels float32 (b, num_classes). The last batch may have
-    another size, see `bounds`. Raises ValueError for another `augment`, for mixing without num_classes, and for images
-    of another type, too small or, if "strong", not square.
+    `crop_and_flip` (augment="strong": `distort`, which shifts by up to crop_pad), by `erase_some` in the share `erase`
+    of them and by `mix`, whose alphas are `mixup` and `cutmix`, and which makes the labels float32 (b, num_classes).
+    The last batch may have another size, see `bounds`. Raises ValueError for another `augment`, for mixing without
+    num_classes, and for images of another type, too small or, if "strong", not square.
 
     The first `first` batches are skipped, then every `every`-th is taken. Process `rank` of `world_size` gets a slice
     of each, empty if there are too few images: least=world_size prevents that unless batch_size or n is smaller.
@@ -221,7 +221,10 @@ def rectangles(images: Tensor, area: Tensor, ratio: Tensor, generator: Generator
 
 
 def erase_some(images: Tensor, share: float, generator: Generator) -> Tensor:
-    """Fill a rectangle of 2 to 33 % of the area with noise, in that share of images (arXiv:1708.04896)."""
+    """Fill a rectangle with noise in that share of images, float32 (b, channels, height, width), normalised.
+
+    Its area is 2 to 33 %, its sides 1:3 to 3:1. In the paper (arXiv:1708.04896) it's up to 40 %.
+    """
     area, ratio, chance = torch.rand(3, len(images), generator=generator, device=images.device)
     mask = rectangles(images, 0.02 + 0.31 * area, 9**ratio / 3, generator)
     mask &= (chance < share)[:, None, None, None]
@@ -231,10 +234,11 @@ def erase_some(images: Tensor, share: float, generator: Generator) -> Tensor:
 def mix(images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: float, generator: Generator):
     """Mix every image with the one before it in the batch, and their labels alike: float32 (b, num_classes).
 
-    By mixup (arXiv:1710.09412) it's the weighted mean of both, by cutmix (arXiv:1905.04899) a rectangle of the other
-    one in its place. Each weight is drawn from Beta(alpha, alpha); cutmix's become the areas in whole pixels. An alpha
-    of 0 turns one off; of both, a batch takes one at random. Below 0.01 an alpha is too small for the draw's precision.
-    `generator` is on the CPU: no device is waited for.
+    mixup (arXiv:1710.09412) takes the weighted mean of both, cutmix (arXiv:1905.04899) pastes a rectangle of the other
+    one, here always within the image. Each image draws its own weight from Beta(alpha, alpha), in the papers a batch
+    does; cutmix's becomes the area that is left, in whole pixels. An alpha of 0 turns one off; if both are on, a batch
+    takes one at random. Alphas below 0.01 are too small for the draw's precision. `generator` is on the CPU: no device
+    is waited for.
     """
     cut = cutmix and (not mixup or torch.rand((), generator=generator) < 0.5)
     alpha = torch.full((2, len(images)), cutmix if cut else mixup, dtype=torch.float64)

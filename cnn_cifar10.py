@@ -44,16 +44,16 @@ WIDTHS = {"residual": (64, 256, 256), "plain": (32, 32, 64), "relu": (32, 32, 64
 
 
 class ConvNormAct(nn.Sequential):
-    """A 3x3 convolution, max-pooling, batch norm, GELU: (b, inputs, h, w) -> (b, outputs, h / pool, w / pool).
+    """A 3x3 convolution, max-pooling, batch norm, GELU: (b, inputs, h, w) -> (b, outputs, h // pool, w // pool).
 
-    The pooling comes before the norm, which it leaves a quarter of the work. The convolution is Dirac-initialised: as
-    many channels as fit start as they came in.
+    With the pooling before them, norm and activation have fewer pixels to work on. The convolution is
+    Dirac-initialised: as many channels as fit start as they came in. The modules run in the order of assignment.
     """
 
     def __init__(self, inputs: int, outputs: int, pool: int = 1):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        nn.init.dirac_(self.conv.weight.detach()[:inputs])
+        nn.init.dirac_(self.conv.weight.detach()[:inputs])  # the others, which it would fill with zeros, stay random
         if pool > 1:
             self.pool = nn.MaxPool2d(pool)
         self.norm = nn.BatchNorm2d(outputs)
@@ -129,16 +129,18 @@ class CNN(nn.Module):
 
     @torch.no_grad()
     def whiten(self, images: torch.Tensor):
-        """Set the filters of the first layer by some images, as forward takes them, and freeze them ("residual" only).
+        """Set the filters of the first layer from some images, as forward takes them, and freeze them.
 
-        They become the principal directions of all 2x2 patches, scaled so that each of their outputs has mean square 1,
-        and their negatives: the layers above get inputs without the correlation of neighbouring pixels. Call it before
-        the optimizer is made. A state dict holds the filters, not that they are frozen.
+        For "residual" only. They become the principal directions of the 2x2 patches, scaled so that each of their
+        outputs has mean square 1, and their negatives: the layers above get inputs without the correlation of
+        neighbouring pixels. Call it before the optimizer is made. A state dict holds the filters, not that they are
+        frozen.
         """
         if not self.fixed:
             return
         filters = self.body[0].weight
-        images = images[: max(1, 2**19 // images[0, 0].numel())].cpu().double()  # MPS has no double precision
+        some = max(1, 2**19 // images[0, 0].numel())  # 512 of 32x32 pixels are enough
+        images = images[:some].cpu().double()  # MPS has no double precision
         patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1)
         variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
         directions = (directions / (variances + 5e-4).sqrt()).T.view(-1, *filters.shape[1:])

@@ -6,7 +6,7 @@
     train, val = split(dataset.train, 0.1, seed=0)
     print(len(dataset.classes), train.images.shape, val.labels.shape)
 
-Needs torch, and Pillow and numpy for folders, torchvision for the sets that it downloads.
+Needs torch, and Pillow and numpy for folders, torchvision for the four sets known by name.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def load(
     What isn't in `data_dir` is downloaded into it. `img_size` is for folders: images are scaled and centre-cropped to
     that many pixels (default: the short side of the first image, at most 64). With `fallback`, a set that isn't
     available is replaced by "shapes", and the note says why. With `read_only`, nothing is written into data_dir. Raises
-    Unavailable, ValueError for unusable data, OSError.
+    Unavailable for a known set that is neither there nor to be had, ValueError for unusable data, OSError.
     """
     if name == "shapes":
         return shapes()
@@ -127,8 +127,8 @@ def split(whole: Split, val_split: float, seed: int) -> tuple[Split, Split]:
     """
     images, labels = whole
     n = len(labels)
-    count = n  # rejected below
-    if 0 <= val_split < n:  # not so for NaN
+    count = n  # for a val_split below 0, from n on, or NaN: rejected below
+    if 0 <= val_split < n:
         count = round(val_split * n) if val_split < 1 else int(val_split)
     if count == n or (val_split > 0 and count == 0):
         rule = f"0, a fraction below 1 or a count that leaves images on both sides ({n} are there)"
@@ -302,7 +302,7 @@ def _fetch(address, path, md5, patient):
     """Download a file. Raises OSError if the server is silent, sends something else or, unless `patient`, is slow."""
     from torchvision.datasets.utils import check_integrity
 
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with urllib.request.urlopen(address, timeout=SILENCE) as source, open(temporary, "wb") as file:
             began, size = time.monotonic(), 0

@@ -21,7 +21,8 @@ import math
 def best_row(history: list[dict], monitor: str, min_delta: float = 0.0) -> dict | None:
     """The last row better than the best before it by more than min_delta; None while every value is NaN.
 
-    Lower is better if the name `monitor` ends in loss, else higher.
+    A row has "epoch", from 1 on, and the monitored value. Lower is better if the name `monitor` ends in loss, else
+    higher.
     """
     sign = -1 if monitor.endswith("loss") else 1
     best = None

@@ -13,7 +13,7 @@ mixed. Cross-entropy contains the softmax, so a model must not end with one. The
 softmax their gradient vanishes for confident mistakes.
 
 Each is a mean over the images, so the loss of a batch is the sum of those of its micro-batches, each times
-len(micro_batch) / len(batch). Labels are 0..classes - 1: the -100 that torch's cross-entropy ignores is none.
+len(micro_batch) / len(batch). Labels are 0..classes - 1, without the -100 that torch's cross-entropy ignores.
 """
 
 import math
@@ -39,7 +39,7 @@ def ce(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Te
 
 
 def mse(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Squared difference of logit and target, mean over classes, as nn.MSELoss: the logits become the probabilities.
+    """Squared difference of logit and target, mean over classes, as nn.MSELoss: the logits are fitted to the targets.
 
     Its gradient is 2 / classes times that of half the squared distance: SGD wants a higher learning rate than with ce.
     """

@@ -46,11 +46,11 @@ class MLP(nn.Module):
     forward: (batch, channels, image_size, image_size) -> (batch, num_classes), logits.
 
     `hidden` holds the widths of the hidden layers. hidden=(256, 128, 64), dropout=0.2 is the FeedForwardNet of the
-    articles (242,762 parameters on MNIST), hidden=(128,) their SimpleNN, hidden=() their linear SimpleModel. The flags
-    of add_args default to dropout 0.2 and to batch norm (arXiv:1502.03167) before each ReLU; with it the last layer
-    starts at zero, so that the loss begins at ln(num_classes). Without, it starts as torch starts it: at the articles'
-    small learning rates a net with a zero layer on top would lose most of its first epoch. Raises ValueError for sizes
-    that make no network.
+    articles (242,762 parameters on MNIST), hidden=(128,) their SimpleNN, hidden=() their linear SimpleModel. train.py
+    trains another net by default: the flags of add_args have dropout 0.2 and batch norm (arXiv:1502.03167), before each
+    ReLU. With batch norm the head starts at zero, so that the loss begins at ln(num_classes). Without, it keeps torch's
+    initialisation: at the articles' small learning rates a zero head costs most of the first epoch. Raises ValueError
+    for sizes that make no network.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class MLP(nn.Module):
             raise ValueError(f"dropout {dropout} must be >= 0 and < 1")
         layers, width = [nn.Flatten()], channels * image_size**2
         for next_width in hidden:
-            layers.append(nn.Linear(width, next_width, bias=not batch_norm))
+            layers.append(nn.Linear(width, next_width, bias=not batch_norm))  # batch norm adds its own
             if batch_norm:
                 layers.append(nn.BatchNorm1d(next_width))
             layers += [nn.ReLU(), nn.Dropout(dropout)]

@@ -17,6 +17,7 @@ import fnmatch
 import functools
 import inspect
 import math
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -27,8 +28,8 @@ def sgd(groups: list[dict], *, lr: float, momentum: float = 0.0, nesterov: bool 
     options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
     optimizer = torch.optim.SGD(groups, lr, fused=True, **options)
     if momentum:
-        # torch leaves the buffers uninitialised if a GradScaler skips the first step. These are on the parameters'
-        # device: move the model before.
+        # torch leaves its own uninitialised if a GradScaler skips the first step; zeros give the same step. They are on
+        # the parameters' device: move the model before.
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
@@ -40,7 +41,10 @@ def adam(groups: list[dict], *, lr: float, opt_betas: tuple[float, float] = (0.9
 
 
 def adamw(groups: list[dict], *, lr: float, opt_betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0):
-    """The weight decay is decoupled: weights shrink by lr * weight_decay, whatever the gradient (arXiv:1711.05101)."""
+    """The weight decay is decoupled: weights shrink by lr * weight_decay, whatever the gradient (arXiv:1711.05101).
+
+    In the paper the schedule's multiplier takes the place of lr there.
+    """
     return torch.optim.AdamW(groups, lr, opt_betas, weight_decay=weight_decay, fused=True)
 
 
@@ -75,7 +79,7 @@ def muon(groups, *, lr, momentum=0.95, opt_betas=(0.9, 0.999), weight_decay=0.0)
 
 
 def lbfgs(groups: list[dict], *, lr: float):
-    """Quasi-Newton with a line search; needs step(closure), and knows one group of parameters and no weight decay."""
+    """Quasi-Newton with a line search; needs step(closure). It knows one group: options of several are left out."""
     parameters = [p for group in groups for p in group["params"]]
     return torch.optim.LBFGS(parameters, lr, max_iter=5, history_size=10, line_search_fn="strong_wolfe")
 
@@ -283,7 +287,7 @@ def parameter_groups(
     decay_all: bool = False,
     lr: float | None = None,
     layer_decay: float = 1.0,
-    lr_scale: list[tuple[str, float]] = (),
+    lr_scale: Sequence[tuple[str, float]] = (),
     use_muon: bool = False,
 ) -> list[dict]:
     """Groups for an optimizer. Every parameter of the model is in one of them, except those that are frozen.
@@ -302,7 +306,7 @@ def parameter_groups(
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     check_options(trainable, lr, weight_decay, layer_decay, lr_scale)
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # a method, as in timm
-    top = max(layer_of.values())
+    top = max(layer_of.values(), default=0)
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -50,12 +50,12 @@ def none(t: float) -> float:
 
 def step(t: float, *, gamma: float, step_size: float) -> float:
     """StepLR(step_size, gamma)."""
-    return gamma ** math.floor(round(t / step_size, 9))  # 0.6 // 0.2 is 2, a step late
+    return gamma ** math.floor(round(t / step_size, 9))  # 0.6 // 0.2 is 2: the reduction would come a step late
 
 
 def multistep(t: float, *, gamma: float, milestones: Sequence[float]) -> float:
     """MultiStepLR(milestones, gamma)."""
-    return gamma ** bisect.bisect_right([round(m, 9) for m in milestones], t)  # as t is, or 1.2 * 3 / 4 is a step late
+    return gamma ** bisect.bisect_right([round(m, 9) for m in milestones], t)  # rounded, as t is in schedule()
 
 
 def exp(t: float, *, gamma: float) -> float:
@@ -71,7 +71,7 @@ def cosine(t: float, *, t_max: float, floor: float) -> float:
 def restarts(t: float, *, t_0: float, t_mult: int, floor: float) -> float:
     """CosineAnnealingWarmRestarts(T_0=t_0, T_mult=t_mult, eta_min=min_lr), SGDR, arXiv:1608.03983."""
     if t_mult == 1:  # in one go: the loop would take t / t_0 turns
-        t = max(0.0, t - t_0 * math.floor(round(t / t_0, 9)))  # 0.6 % 0.2 is 0.2, a step late
+        t = max(0.0, t - t_0 * math.floor(round(t / t_0, 9)))  # 0.6 % 0.2 is 0.2: the restart would come a step late
     while round(t / t_0, 9) >= 1:
         t, t_0 = max(0.0, t - t_0), t_0 * t_mult
     return cosine(t, t_max=t_0, floor=floor)
@@ -166,7 +166,8 @@ def schedule(
     plateau alone). All lengths are in epochs, fractions allowed, and count from the end of the warm-up, as in torch's
     SequentialLR([LinearLR(0.01), ...]). `min_lr` is the lowest learning rate of the group that starts at `lr`; the
     others keep their ratio to it. Left out, gamma is 0.1 (0.9 for exp), milestones are 1/2 and 3/4 of the length, t_max
-    is the length and t_0 half of it. Raises ValueError for a value out of range.
+    is the length and t_0 half of it. `mode` says whether more is better, as of an accuracy ("max", the default here,
+    not in torch), or less, as of a loss ("min"). Raises ValueError for a value out of range.
     """
     options = dict(locals())  # all the arguments, by name
     if sched not in SCHEDULES:
@@ -190,7 +191,7 @@ def schedule(
         if epoch < warmup_epochs:
             warm = WARMUP_START + (1 - WARMUP_START) * epoch / warmup_epochs
             return warm * function(0.0, **keywords, **seen)
-        t = round(epoch - warmup_epochs, 9)  # 4 - 0.1 - 3.9 isn't 0, a step would be late
+        t = round(epoch - warmup_epochs, 9)  # 4 - 0.1 - 3.9 isn't 0: what begins there would come a step late
         return function(t, **keywords, **seen)
 
     return multiplier

@@ -96,7 +96,8 @@ class Attention(nn.Module):
 
     def weights(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """(batch, heads, tokens, dim_head) twice -> (batch, heads, tokens, tokens); rows sum to 1."""
-        return ((q * self.scale) @ k.transpose(-1, -2)).softmax(dim=-1, dtype=q.dtype)
+        products = (q * self.scale) @ k.transpose(-1, -2)
+        return products.softmax(dim=-1, dtype=q.dtype)  # autocast would return float32, only to cast it back for v
 
 
 class Block(nn.Module):
@@ -125,8 +126,8 @@ class Block(nn.Module):
 def conv_stem(channels: int, dim: int, patch_size: int) -> nn.Sequential:
     """3x3 convolutions in place of patches, (b, channels, h, w) -> (b, dim, h / patch_size, w / patch_size).
 
-    Each is followed by 2x2 max-pooling, batch norm and GELU, and has about twice the channels of the one before. As in
-    CCT (arXiv:2104.05704), whose stem has no norm and ReLU.
+    Each is followed by 2x2 max-pooling, batch norm and GELU, and has about twice the channels of the one before. The
+    stem of CCT (arXiv:2104.05704) has ReLU instead, no norm, and overlapping pooling.
     """
     halvings = patch_size.bit_length() - 1
     widths = [channels, *(dim >> k for k in reversed(range(halvings)))]
@@ -146,11 +147,11 @@ class ViT(nn.Module):
     The keywords are those of vit-pytorch's ViT; image_size and patch_size may be pairs (height, width). What differs
     from the paper: pool="mean" averages the tokens in place of a class token; positions start at standard deviation 1,
     as in vit-pytorch, not 0.02 (on small images the model learns earlier); queries, keys and values have no bias unless
-    qkv_bias. What differs from vit-pytorch: no norms inside the patch embedding; no dropout of attention weights; a
-    projection behind one head, too; dim_head is dim / heads unless given. stem="conv" puts conv_stem in place of the
-    linear patches. drop_path grows linearly with the depth. The head starts at zero, the loss at ln(num_classes).
+    qkv_bias. What differs from vit-pytorch: no norms inside the patch embedding; no dropout of attention weights; an
+    output projection with one head, too; dim_head is dim / heads unless given. stem="conv" puts conv_stem in place of
+    the linear patches. drop_path grows linearly with the depth. The head starts at zero, the loss at ln(num_classes).
 
-    Raises ValueError if the patch doesn't divide the image, the heads don't divide dim, or forward gets another size.
+    Raises ValueError for sizes that make no network, see check(), and in forward for images of another size.
     """
 
     def __init__(
@@ -221,8 +222,8 @@ class ViT(nn.Module):
                 raise ValueError(f"{name} {args[name]} must be >= 0 and < 1")
         if not 0 < args["norm_eps"] < 1:
             raise ValueError(f"norm_eps {args['norm_eps']} must be above 0 and < 1")
-        squares = [(2**k, 2**k) for k in range(1, args["dim"].bit_length())]
-        if args["stem"] == "conv" and self.patch_size not in squares:
+        height, width = self.patch_size
+        if args["stem"] == "conv" and (height != width or height.bit_count() != 1 or not 2 <= height <= args["dim"]):
             rule = "must be 2, 4, 8 ... up to dim: stem conv halves the image"
             raise ValueError(f"patch_size {args['patch_size']} {rule}")
 
@@ -275,7 +276,7 @@ class ViT(nn.Module):
         return torch.stack(maps)
 
     def resize_positions(self, state: dict) -> dict:
-        """A state dict of ours with its positions interpolated to this model's patches, bicubic, if they don't fit.
+        """A ViT's state dict with its positions interpolated to this model's patches, bicubic, if they don't fit.
 
         They are taken for those of a square image. A class token's is kept, dropped if this model has no such token, or
         this model's own if the state has none.
