@@ -67,13 +67,13 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield (images, labels) on the device: float32 (b, channels, height, width), normalised, and int64 (b,).
 
-    `split` is a pair: images, uint8 (n, channels, height, width), and labels, int64 (n,). `mean` and `std` are by
-    channel, of pixels in 0..1. Without a key the images come in their order, not augmented. With key=(seed, epoch) they
-    are shuffled, which depends on the key alone, and augmented, which depends on batch_size and the device as well: by
-    `crop_and_flip` (augment="strong": `distort`, which shifts by up to crop_pad), by `erase_some` in the share `erase`
-    of them and by `mix`, whose alphas are `mixup` and `cutmix`, and which makes the labels float32 (b, num_classes).
-    The last batch may have another size, see `bounds`. Raises ValueError for another `augment`, for mixing without
-    num_classes, and for images of another type, too small or, if "strong", not square.
+    `split` has images, uint8 (n, channels, height, width), and labels, int64 (n,). `mean` and `std` are by channel, of
+    pixels in 0..1. Without a key the images come in order, not augmented. With key=(seed, epoch) they are shuffled,
+    which depends on the key alone, and augmented, which depends on batch_size and device, too: by `crop_and_flip`
+    (augment="strong": `distort`, which shifts by up to crop_pad), by `erase_some` in the share `erase` of them and by
+    `mix`, whose alphas are `mixup` and `cutmix`, and which makes the labels float32 (b, num_classes). The last batch
+    may have another size, see `bounds`. Raises ValueError for another `augment`, mixing without num_classes, images of
+    another type, too small or, if "strong", not square.
 
     The first `first` batches are skipped, then every `every`-th is taken. Process `rank` of `world_size` gets a slice
     of each, empty if there are too few images: least=world_size prevents that unless batch_size or n is smaller.
@@ -87,8 +87,8 @@ def batches(
         raise ValueError(f"images of {all_images.dtype} must be torch.uint8, from 0 to 255")
     n = len(all_labels)
     edges = bounds(n, batch_size, least)
-    per_chunk = 1  # batches that are augmented together
     order = torch.arange(n)
+    per_chunk = 1  # batches that are augmented together
     if key is not None:
         size = GPU_CHUNK // all_images[0].numel() if torch.device(device).type == "cuda" else CHUNK
         per_chunk = max(1, size // batch_size)
@@ -97,7 +97,6 @@ def batches(
     order = order.to(all_images.device)  # the host, if the set is too large for the device
     mean = 255 * torch.tensor(mean, device=device)[:, None, None]
     std = 255 * torch.tensor(std, device=device)[:, None, None]
-
     chunk = None  # the number of the chunk at hand; its random numbers depend on it and the key
     for step in range(first, len(edges), every):
         if step // per_chunk != chunk:
@@ -115,9 +114,8 @@ def batches(
             chunk_images = chunk_images.float().sub_(mean).mul_(1 / std)
             if key is not None and erase:
                 chunk_images = erase_some(chunk_images, erase, generator)
-        start, stop = edges[step]
-        images = chunk_images[start - offset : stop - offset]
-        labels = chunk_labels[start - offset : stop - offset]
+        batch = slice(edges[step][0] - offset, edges[step][1] - offset)
+        images, labels = chunk_images[batch], chunk_labels[batch]
         if key is not None and (mixup or cutmix):
             images, labels = mix(images, labels, num_classes, mixup, cutmix, seeded(*key, step, "mix"))
         own = slice(len(labels) * rank // world_size, len(labels) * (rank + 1) // world_size)

@@ -6,7 +6,7 @@
 For each model, in one interleaved run on the same data and with the same augmentation:
 (a) the DataLoader baseline: a Dataset with transforms of single images, a DataLoader with 0 and 2 workers, float32,
     a plain optimizer, loss.item() in every step;
-(b) the step and the data path of train.py, as it is;
+(b) the step and the data path of train.py, without the schedule, EMA and logging of its loop;
 (c) the step of train.py on one cached batch: what is left without data loading.
 The variants take turns, several times over; speeds are medians over the turns, speed-ups those of paired turns.
 """
@@ -52,8 +52,7 @@ class Images(Dataset):
             steps.append(transforms.RandomCrop(size, padding=run.args.crop_pad, padding_mode="reflect"))
         if run.args.flip:
             steps.append(transforms.RandomHorizontalFlip())
-        steps.append(transforms.ToTensor())
-        steps.append(transforms.Normalize(run.dataset.mean, run.dataset.std))
+        steps += [transforms.ToTensor(), transforms.Normalize(run.dataset.mean, run.dataset.std)]
         self.transform = transforms.Compose(steps)
 
     def __len__(self):
@@ -94,10 +93,10 @@ def baseline(run, workers):
 
 
 def ours(run, cached):
-    """(b), and with `cached` (c): likewise."""
+    """(b), or (c) if `cached`: yields as baseline() does."""
     run = build.trial(run)
     run.model.train()
-    take_step = graphs.recorded(train.train_step, run, print)
+    take_step = graphs.recorded(train.train_step, run, run_folder.print_line)
     yield run.model
 
     batches = build.training_batches(run, 0)
@@ -136,7 +135,8 @@ def peak_memory(device):
         import resource
     except ImportError:  # Windows
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def measure(flags, turns, seconds):
@@ -164,7 +164,7 @@ def measure(flags, turns, seconds):
         """Of paired turns: the machine may be faster at one time than at another."""
         return statistics.median(a / b for a, b in zip(speeds["train.py"], speeds[other], strict=True))
 
-    best = max(list(medians)[:2], key=medians.get)
+    best = max([name for name in medians if name.startswith("DataLoader")], key=medians.get)
     return {
         "flags": flags,
         "data": run.dataset.name,
@@ -190,7 +190,7 @@ def until(accuracy, data_flags):
         model, seconds, epoch, acc = next(steps), 0.0, 0, 0.0
         while acc < accuracy and epoch < 60:
             start = budget.now()
-            for _ in range(math.ceil(len(run.train_set.labels) / run.args.batch_size)):
+            for _ in range(run.steps_per_epoch):
                 next(steps)
             seconds += budget.now() - start
             _, acc = evaluation.evaluate(model, run.val_set, run.dataset, run.device, precision)
@@ -203,7 +203,8 @@ def until(accuracy, data_flags):
     return results
 
 
-def report(name, one):
+def print_speeds(name, one):
+    """Print what measure() has returned for a model."""
     show = run_folder.print_line
     show(f"{name} on {one['data']}, {one['precision']}")
     for variant, value in one["images_per_second"].items():
@@ -262,7 +263,7 @@ def command(argv):
     else:
         for name in args.models:
             result[name] = measure([*MODELS[name].split(), *own], args.turns, args.seconds)
-            report(name, result[name])
+            print_speeds(name, result[name])
     if args.out:
         checkpoints.write_json(result, args.out)
         run_folder.print_line(f"wrote {args.out}")

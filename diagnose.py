@@ -28,7 +28,7 @@ import data
 import train
 from utils import arguments, build, errors, evaluation, finetune, report
 
-FEW = 5  # steps of --find-lr whose smoothed loss is that of too few batches
+FEW = 5  # steps of --find-lr: from smooth[FEW - 1] on the smoothed loss is that of enough batches
 LRS = [1e-7 * 10 ** (i / 12) for i in range(97)]  # of --find-lr, from 1e-7 to 10
 
 
@@ -141,7 +141,7 @@ def labels(run, earlier):
     real, chance = (left_out.view(n, 2, classes).argmax(2) == wanted).float().mean(0).tolist()
     found = f"a linear fit finds {real:.1%} of {n:,} images left out of it, {chance:.1%} with shuffled labels"
     if n < 50 * classes:
-        return True, f"{found} (less than 50 images a class are too few to tell)", ""
+        return True, f"{found} (fewer than 50 images a class are too few to tell)", ""
     noise = math.sqrt(max(chance, 1 / classes) / n)
     return real > chance + 5 * noise, found, "see whether the labels belong to these images: they look shuffled"
 
@@ -255,7 +255,7 @@ def find_lr(run):
 
     The model is left as it is. Returns the learning rates, the smoothed losses and the suggestion: the geometric mean
     of the learning rate at which the loss falls fastest and a tenth of the one at which it is lowest. Raises ValueError
-    if the loss isn't finite from the first steps on.
+    if the loss isn't finite in the first steps, or is 0.
     """
     trial = build.trial(run)
     steps = descend(trial, [lr / run.args.lr for lr in LRS], build.training_batches(trial, 0))
@@ -275,7 +275,7 @@ def find_lr(run):
         raise ValueError("--find-lr: the loss is 0, there is nothing left to learn: leave --init out")
     lowest = smooth.index(min(smooth[FEW - 1 :]), FEW - 1)
     # Over four steps: one loss alone is noisy.
-    fastest = max(range(4, lowest + 1), key=lambda i: smooth[i - 4] - smooth[i])
+    fastest = max(range(FEW - 1, lowest + 1), key=lambda i: smooth[i - 4] - smooth[i])
     return LRS[: len(smooth)], smooth, math.sqrt(LRS[fastest] * LRS[lowest] / 10)
 
 
@@ -301,7 +301,8 @@ def suggest(run, path):
     axis.set(xlabel="learning rate", ylabel="training loss, smoothed", ylim=(0, 1.5 * max(smooth[:FEW])))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    report.save(figure, path)
+    with errors.drawing():
+        report.save(figure, path)
     errors.show(f"wrote {path}")
 
 

@@ -56,7 +56,7 @@ def read(run: str | Path) -> list[dict]:
 def read_result(run: str | Path) -> dict:
     """A run's result.json; nothing is known about a run that still goes on."""
     path = Path(run) / "result.json"
-    try:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         if path.is_file():  # reading a pipe would wait for ever
             result = json.loads(path.read_text())
             folder = os.path.realpath(result["args"]["data"])  # two folders may have the same name
@@ -64,8 +64,6 @@ def read_result(run: str | Path) -> dict:
             if args.get("minutes"):  # the number of epochs was measured, and differs by seed
                 args |= {"epochs": None, "warmup_epochs": None}
             return result | {"args": args}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        pass
     return {"args": {}}
 
 
@@ -94,7 +92,10 @@ def short_names(arguments):
 
 
 def with_metrics(folders):
-    """The folders of runs among these, and in the folders of --runs; without those that have no metrics.csv."""
+    """The folders of single runs: one of --runs stands for its seeds. A note names those without a metrics.csv.
+
+    Raises ValueError for what doesn't exist, and if none is left.
+    """
     runs = []
     for folder in map(Path, folders):
         if not os.path.lexists(folder):
@@ -126,7 +127,8 @@ def collect(folders):
     runs, best = {}, {}
     for name, group in groups.items():
         whole = [run for run in group if run[1].get("stopped") not in ("non-finite loss", "interrupted")] or group
-        if 1 < len(whole) == len({str(result.get("seed")) for _, result in whole}):  # as in the means of --runs
+        seeds = {str(result.get("seed")) for _, result in whole}
+        if 1 < len(whole) == len(seeds):  # several, no seed twice: one curve, without those cut off, as --runs averages
             for folder, _ in [run for run in group if run not in whole]:
                 note(f"{folder} is left out of the mean: it diverged or was interrupted")
             name = f"{name or whole[0][0]} (mean \N{PLUS-MINUS SIGN} sd of {len(whole)} seeds)"

@@ -284,22 +284,13 @@ def print_report(args, checkpoint, model, device):
         errors.show(f"{report.as_text(matrix, shown)}\n\n{text}")
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with drawing():
+        with errors.drawing():
             report.draw_confusion(matrix, shown, out / "confusion.png")
             report.draw_mistakes(images, logits, labels, shown, out / "mistakes.png")
             report.draw_reliability(calibrations, out / "reliability.png")
         log(f"wrote confusion.png, mistakes.png and reliability.png to {out}")
     except ImportError:
         log("no plots: pip install matplotlib")
-
-
-@contextlib.contextmanager
-def drawing():
-    """Raise Failed for matplotlib's RuntimeErrors (a missing LaTeX, say): the checkpoint isn't to blame."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise errors.Failed(f"matplotlib can't draw the plot: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------- attention, export
@@ -330,7 +321,7 @@ def draw_attention(args, checkpoint, model, device):
     attended = {name: m[0, 1:] if model.cls_token is not None else m.mean(0) for name, m in shown.items()}
     probability, label = logits_of(model, image[None], checkpoint, device)[0].softmax(0).max(0)
     title = f"{errors.one_line(checkpoint['classes'][label])}, {100 * probability:.1f} %"
-    with drawing():
+    with errors.drawing():
         report.draw_attention(image, attended, model.patch_size, title, args.attention)
     log(f"wrote {args.attention}")
 
@@ -393,7 +384,7 @@ def command(argv):
     args = make_parser().parse_intermixed_args(argv)
     mode = check(args)
     device = devices.choose_device(args.device)
-    if mode != "export":  # which works on the CPU, and compares
+    if mode != "export":  # it runs on the CPU in float32, as its outputs are compared
         devices.speed_up(device)
     checkpoint = checkpoints.load(args.checkpoint)
     with checkpoints.blaming(args.checkpoint), warnings.catch_warnings():

@@ -161,10 +161,9 @@ def test_the_difference_is_a_share_of_the_step():
 
 
 def test_what_cannot_be_recorded_is_rejected_or_eager(monkeypatch):
-    def run(device="cuda", precision="bf16", images=9, **changes):
+    def run(device="cuda", precision="bf16", batch_sizes=(8, 1), **changes):
         args = SimpleNamespace(**{"opt": "sgd", "batch_size": 8, "cuda_graph": None} | changes)
-        train_set = SimpleNamespace(labels=range(images))
-        return SimpleNamespace(args=args, device=torch.device(device), precision=precision, train_set=train_set)
+        return SimpleNamespace(args=args, device=torch.device(device), precision=precision, batch_sizes=batch_sizes)
 
     def is_eager(run):
         return graphs.recorded(train.train_step, run, print) is train.train_step
@@ -172,7 +171,7 @@ def test_what_cannot_be_recorded_is_rejected_or_eager(monkeypatch):
     monkeypatch.setattr(graphs, "GraphedStep", lambda *args, **options: None)  # it needs CUDA
     wanted = SimpleNamespace(model=None, optimizer=None)
     assert not is_eager(SimpleNamespace(**vars(run()), **vars(wanted))) and is_eager(run(cuda_graph=False))
-    for odd in ({"device": "cpu"}, {"precision": "fp16"}, {"images": 7}, {"opt": "lbfgs"}):
+    for odd in ({"device": "cpu"}, {"precision": "fp16"}, {"batch_sizes": (7,)}, {"opt": "lbfgs"}):
         assert is_eager(run(**odd))
         graphs.check(run(**odd))
         with pytest.raises(ValueError, match=r"^--cuda-graph .+: use --no-cuda-graph$"):

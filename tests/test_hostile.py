@@ -51,7 +51,7 @@ import predict
 import schedulers
 import train
 import vit
-from utils import arguments, checkpoints, devices, distributed, errors, run_folder
+from utils import arguments, checkpoints, devices, distributed, errors, report, run_folder
 
 
 def last():
@@ -1194,6 +1194,17 @@ def test_a_benchmark_looks_where_it_writes_before_it_measures(tiny, monkeypatch,
         assert bench.main(["--out", out]) == 2
         one_line(capsys, "--out", out)
         assert not Path(out).is_file()
+
+
+def test_a_plot_of_learning_rates_that_fails_is_one_line(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(diagnose, "find_lr", lambda run: ([0.1] * 5, [1.0] * 5, 0.1))
+
+    def save(figure, path):
+        raise RuntimeError("latex could not be found")
+
+    monkeypatch.setattr(report, "save", save)
+    assert diagnose.main([str(word) for word in [*TINY_MLP, "--find-lr", "lr.png"]]) == 1
+    one_line(capsys, "diagnose.py: error: matplotlib can't draw the plot: latex could not be found")
 
 
 def test_a_plot_that_fails_is_not_the_checkpoints_fault(tiny, monkeypatch, capsys):

@@ -26,8 +26,8 @@ SOME = 2000  # images on which validation is timed
 def within_minutes(run, trial, take_step, score):
     """The same run, with as many whole steps as fit into --minutes, validation and saving included.
 
-    `trial` is a throw-away copy of the run, of which `take_step` takes a step. `score` is that of train.py, which
-    imports this file.
+    `trial` is a throw-away copy of the run, of which `take_step` takes a step. `score` is train.score: train.py imports
+    this file, not this one it.
     """
     rng = devices.rng_state(trial.device)
     per_epoch = trial.steps_per_epoch
@@ -39,7 +39,7 @@ def within_minutes(run, trial, take_step, score):
         if trial.ema:
             trial.ema.update(trial.model)
 
-    def save():  # a file about as large as last.pt and best.pt
+    def save():  # one file, about as large as last.pt and best.pt together
         with tempfile.TemporaryDirectory() as folder:
             weights = trial.model.state_dict()
             content = {"model": weights, "optimizer": trial.optimizer.state_dict(), "best": weights}

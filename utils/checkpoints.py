@@ -58,7 +58,7 @@ COLUMNS = "epoch step lr train_loss train_acc val_loss val_acc seconds images_pe
 PLAIN = {"model_args", "classes", "mean", "std", "metrics", "args", "history", "scaler"}  # hold no tensors
 DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool
 SCALARS = ("step", "mu_product")  # in an optimizer's state of a parameter; all else in it has the parameter's shape
-NEVER_NEGATIVE = ("exp_avg_sq", "square_avg", "acc_delta", "sum")  # there: means and sums of squares
+NEVER_NEGATIVE = ("exp_avg_sq", "square_avg", "acc_delta", "sum")  # in that state: means or sums of squares
 MOST_VALUES = 1_000_000  # a history has nine values an epoch
 DEEPEST = 8  # levels of nesting
 MOST_TEXT = 10_000_000  # characters beyond the file's length: a pickle stores a repeated column name once
@@ -175,6 +175,7 @@ def load(path: str | Path, *, keys: dict = KEYS) -> dict:
 
 def _check_directory(path, size):
     """Raise ValueError unless an archive ends as torch's do. In others torch may see other entries than zipfile."""
+    # 56 bytes end the directory (its length, its start), 20 say where they are, 22 are the end of older archives.
     with open(path, "rb") as file:
         file.seek(max(0, size - 98))
         end = file.read(98)

@@ -233,7 +233,9 @@ def wrap_ddp(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         return model
     ids = [device] if device.type == "cuda" else None
     net = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-    net.broadcast_buffers = False  # `broadcast` does it before each validation; in every step it costs copies
+    # Not in the constructor, which would then leave the buffers different. From here on broadcast() makes them alike
+    # before each validation: in every step it would cost copies.
+    net.broadcast_buffers = False
     return net
 
 

@@ -165,6 +165,15 @@ def while_training(args):
         raise Failed(unforeseen(error)) from None
 
 
+@contextlib.contextmanager
+def drawing():
+    """Raise Failed for matplotlib's RuntimeErrors (a missing LaTeX, say): no input is to blame."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Failed(f"matplotlib can't draw the plot: {error}") from None
+
+
 def ending_signals():
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, kill, a lost connection; Windows lacks the last
     return [getattr(signal, name) for name in names if hasattr(signal, name)]

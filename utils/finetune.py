@@ -76,7 +76,7 @@ def freeze(model: torch.nn.Module, prefixes: list[str]):
         for name in named:
             model.get_parameter(name).requires_grad_(False)
         if not named:
-            known = {prefix for name in names for prefix in accumulate(name.split("."), "{}.{}".format)}
+            known = {start for name in names for start in accumulate(name.split("."), "{}.{}".format)}  # a, a.b, a.b.c
             near = difflib.get_close_matches(prefix, sorted(known), 4, 0.3) or sorted({n.split(".")[0] for n in names})
             raise ValueError(f"freeze {prefix}: no parameter has that prefix; near are {', '.join(near)}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -84,7 +84,7 @@ def freeze(model: torch.nn.Module, prefixes: list[str]):
 
 
 def train_mode(model: torch.nn.Module):
-    """model.train(), but frozen batch norms stay as they are: their running statistics are weights, too."""
+    """model.train(), but frozen batch norms are in eval mode: their running statistics are weights, too."""
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.affine:

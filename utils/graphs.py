@@ -31,8 +31,8 @@ def obstacle(run) -> str:
         return f"can't record --opt {args.opt}, only {', '.join(RECORDABLE)}"
     if distributed.world_size() > 1:
         return f"is for one process, not {distributed.world_size()}"
-    if args.batch_size > len(run.train_set.labels):
-        return f"needs full batches: --batch-size {args.batch_size} is more than all images"
+    if args.batch_size not in run.batch_sizes:
+        return f"needs full batches: no batch of an epoch has --batch-size {args.batch_size} images"
     return ""
 
 

@@ -45,16 +45,17 @@ def verdict(history, best, chance):
     early = min(at, max(0, len(history) - 8))
     train_trend, val_trend = trend(trains, since), trend(vals, since)
     jumps = any(swing(losses) > max(0.1 * median(losses), 0.02 * chance) for losses in (trains[early:], vals[early:]))
+    # No validation loss is below that of a guess, and the training loss has hardly fallen.
     guesses = min(vals) > 0.98 * chance and min(trains) > 0.9 * min(chance, trains[0])
-    if 2 * best["lr"] < min(last["lr"], max(lrs[: at + 1])):
+    if 2 * best["lr"] < min(last["lr"], max(lrs[: at + 1])):  # best at a low point, such as the end of a cycle
         return "risen"
     rises = train_trend > 0 or last["train_loss"] > best["train_loss"] + 0.1 * chance
     if rises or jumps or (guesses and max(vals) > 1.02 * chance):
         return "too high"
     if val_trend < 0:
         return "too small"
-    at_chance = 0.98 * chance < min(trains) and max(trains) < 1.02 * chance
-    if guesses and (train_trend == 0 or at_chance):
+    stays_at_chance = 0.98 * chance < min(trains) and max(trains) < 1.02 * chance
+    if guesses and (train_trend == 0 or stays_at_chance):
         return "not learning"
     if val_trend > 0 or (train_trend < 0 and last["val_loss"] >= best["val_loss"]):
         return "overfitting"
@@ -81,6 +82,6 @@ def trend(values, since):
 
 
 def swing(values):
-    """The mean size of zig-zags: how far a value lies above both of its neighbours, or below both."""
+    """How far a value lies above both of its neighbours, or below both (0 if neither): the mean over the inner ones."""
     steps = [b - a for a, b in pairwise(values)]
     return sum(min(abs(a), abs(b)) for a, b in pairwise(steps) if a * b < 0) / max(1, len(steps) - 1)

@@ -43,7 +43,7 @@ def calibration(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> t
     """The expected calibration error (arXiv:1706.04599), and by bin [(images, mean confidence, accuracy)].
 
     The confidence is the probability of the predicted class; a bin holds the images with one in (k/bins, (k+1)/bins].
-    The error is the difference between confidence and accuracy, averaged over the images.
+    The error is the difference between confidence and accuracy, averaged over the images. An empty bin's are NaN.
     """
     confidence, predicted = logits.double().softmax(1).max(1)
     correct = (predicted == labels).double()
@@ -59,7 +59,8 @@ def calibration(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> t
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The T, in 0.01..100, for which logits / T have the least cross-entropy. Fit it on images that didn't train.
 
-    The loss is convex in 1 / T, so its derivative, mean expected logit minus mean logit of the labels, has one root.
+    The loss is convex in 1 / T: its derivative, mean expected logit minus mean logit of the labels, has at most one
+    root. Without one (every label has the largest logit, say) T is an end of the range.
     """
     logits = logits.double()
     wanted = logits.gather(1, labels[:, None]).mean()
@@ -111,7 +112,7 @@ def new_figure(width: float, height: float):
 
 
 def save(figure, path: str | Path):
-    """Write a figure in the format of its name, or PNG; a $ is a $, and a letter that no font has an empty box."""
+    """Write a figure in the format that its name ends in, else PNG. No text is TeX: a $ is a $."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -198,7 +199,10 @@ def rollout(maps: torch.Tensor) -> torch.Tensor:
 
 
 def draw_attention(image, attended, patch_size, title, path):
-    """Plot an image, uint8 (1 or 3, height, width), and over it each of `attended`, name -> float (patches,)."""
+    """Plot an image, uint8 (1 or 3, height, width), and over it each of `attended`, name -> float (patches,).
+
+    `patch_size` is (height, width), in pixels.
+    """
     _, height, width = image.shape
     columns = min(5, 1 + len(attended))
     rows = math.ceil((1 + len(attended)) / columns)
