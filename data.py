@@ -302,7 +302,7 @@ def _fetch(address, path, md5, patient):
     """Download a file. Raises OSError if the server is silent, sends something else or, unless `patient`, is slow."""
     from torchvision.datasets.utils import check_integrity
 
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.tmp")
     try:
         with urllib.request.urlopen(address, timeout=SILENCE) as source, open(temporary, "wb") as file:
             began, size = time.monotonic(), 0

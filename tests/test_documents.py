@@ -268,12 +268,31 @@ def test_a_model_whose_checkpoints_could_not_be_loaded_is_not_trained(tiny, monk
     assert call(*TINY_MLP, "--model", "mine", "--out", "run") == 2
     one_line(capsys, "--model mine has channels None in its model_args, the run has 3: pass it on in build()")
 
-    def forgets(args, **sizes):
-        model = mlp_mnist.build(args, **sizes)
-        del model.model_args["hidden"]
-        return model
+    for forgotten in ("hidden", "dropout"):  # the weights show one of them only
 
-    add_model(monkeypatch, forgets)
-    assert call(*TINY_MLP, "--model", "mine", "--out", "run") == 2
-    one_line(capsys, "--model mine can't be built again from its model_args: put all its keywords there")
+        def forgets(args, **sizes):
+            model = mlp_mnist.build(args, **sizes)
+            del model.model_args[forgotten]
+            return model
+
+        add_model(monkeypatch, forgets)
+        assert call(*TINY_MLP, "--model", "mine", "--out", "run") == 2
+        one_line(capsys, "--model mine can't be built again", "(it has other weights or model_args then)")
     assert not Path("run").exists()
+
+
+def test_a_model_with_constants_that_no_checkpoint_holds_is_tested(tiny, monkeypatch, capsys):
+    class Masked(Mine):
+        def __init__(self, **sizes):
+            super().__init__(**sizes)
+            self.register_buffer("mask", torch.tensor(10 * [0.0]), persistent=False)
+
+        def forward(self, images):
+            return super().forward(images) + self.mask
+
+    add_model(monkeypatch, lambda args, **sizes: Masked(hidden=args.hidden, dropout=0.2, batch_norm=True, **sizes))
+    monkeypatch.setitem(models.CLASSES, "mine", Masked)
+    assert call(*TINY_MLP, "--model", "mine", "--out", "run") == 0
+    tested = capsys.readouterr().out.splitlines()[-1].removesuffix(", read once)")
+    assert call("--eval", "run/best.pt", "--device", "cpu") == 0
+    assert capsys.readouterr().out == f"{tested})\n"

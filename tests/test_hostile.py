@@ -866,14 +866,15 @@ def test_a_word_of_blanks_is_no_argument(tiny, capsys):
 @pytest.mark.parametrize("where", ["model_args", "args"])
 def test_sizes_beyond_all_machines_are_one_line(model, name, where, tiny, capsys):
     """Either in the description of the model, or left out of it and in the arguments that a resume would build."""
-    assert call("--model", model, f"--{name}", 8, *TINY, "--out", "run") == 0
+    assert call("--model", model, *TINY, "--out", "run") == 0
     content = checkpoints.load("run/last.pt", keys=checkpoints.RESUME_KEYS)
     content["model_args"].pop(name) if where == "args" else content["model_args"].update({name: (10**7,)})
     content["args"][name] = (10**7,)
     torch.save(content, "run/last.pt")
     capsys.readouterr()
     assert call("--resume", "run/last.pt") == 2
-    one_line(capsys, "run/last.pt")
+    lacks = f"run/last.pt lacks {name} in its model_args: start a new run from its weights with --init"
+    one_line(capsys, lacks if where == "args" else "run/last.pt holds weights that don't fit its model")
 
 
 def test_a_small_file_makes_no_large_objects(tiny, capsys):
@@ -1784,6 +1785,7 @@ def test_gradients_that_are_never_finite_end_the_run(tiny, monkeypatch, capsys):
         ("--leraning-rate 1", "--leraning-rate 1: see train.py --model mlp --help; quote names with spaces"),
         ("--epoch 1", "unrecognized arguments: --epoch 1: did you mean --epochs?"),
         ("recipes/mlp.args", "recipes/mlp.args: did you mean @recipes/mlp.args?"),
+        ("--flags=mlp.args", "--flags=mlp.args: see train.py --model mlp --help"),
         ("runs/best.pt", "runs/best.pt: see train.py --model mlp --help"),
         ("--model cnn --dropout 0", "--dropout is a flag of --model mlp and vit"),
         ("@flags.args", "@flags.args must be a file of flags"),

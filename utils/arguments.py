@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         if flag in self.of_other_models:
             return f": {flag} is a flag of --model {' and '.join(self.of_other_models[flag])}"
         near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.8)
-        if word.endswith(".args"):
+        if word.endswith(".args") and not word.startswith("-"):
             near = [f"@{word}"]
         if near:
             return f": did you mean {near[0]}?"
@@ -224,8 +224,10 @@ def parse(argv=None, program="train.py"):
     with checkpoints.blaming(chosen.resume):
         if checkpoint:
             model = rebuild(checkpoint, chosen.resume)  # rejects sizes that aren't those of its weights
-            if model.model_args != checkpoint["model_args"]:  # those that it leaves out would be its args'
-                raise ValueError(f"{chosen.resume} doesn't hold all keywords of its model: see its model_args")
+            missing = model.model_args.keys() - checkpoint["model_args"].keys()
+            if missing:  # args would decide these, whatever the weights are
+                lacks = f"{chosen.resume} lacks {', '.join(sorted(missing))} in its model_args"
+                raise ValueError(f"{lacks}: start a new run from its weights with --init")
         args = _parse(argv, program, chosen, checkpoint["args"] if checkpoint else None)
     return args, checkpoint
 

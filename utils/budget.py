@@ -39,11 +39,12 @@ def within_minutes(run, trial, take_step, score):
         if trial.ema:
             trial.ema.update(trial.model)
 
-    def save():  # one file, about as large as last.pt and best.pt together
+    def save():  # what takes time in last.pt and best.pt
+        weights, optimizer = trial.model.state_dict(), trial.optimizer.state_dict()
+        best = trial.eval_model.state_dict()  # the same tensors without --ema: then last.pt holds them once
         with tempfile.TemporaryDirectory() as folder:
-            weights = trial.model.state_dict()
-            content = {"model": weights, "optimizer": trial.optimizer.state_dict(), "best": weights}
-            checkpoints.save(content, Path(folder) / "trial.pt")
+            checkpoints.save({"weights": weights, "optimizer": optimizer, "best": best}, Path(folder) / "last.pt")
+            checkpoints.save({"best": best}, Path(folder) / "best.pt")
 
     others = [(save, 1.0)]
     images, labels = trial.val_set

@@ -16,7 +16,8 @@ from utils.finetune import few
 
 # A model is a keyword-only nn.Module in a file with RECIPE, add_args(parser) and build(args, *, image_size, channels,
 # num_classes). To add one, name its file and its class here. Its class needs
-#   model_args                 all keywords that built it, those three among them; one named as a flag is that flag
+#   model_args                 all keywords that built it, those three among them; one named as a flag is that flag.
+#                              Checkpoints hold them, and the class builds it again under torch.device("meta")
 #   head                       the last layer, left out when another model's weights with other classes are loaded
 # and, for constants that hold infinities, such as a mask, register_buffer(..., persistent=False); it may have
 #   whiten(images)             set the first layer from normalised training images, before training
@@ -29,10 +30,10 @@ CLASSES = {"mlp": mlp_mnist.MLP, "cnn": cnn_cifar10.CNN, "vit": vit.ViT}
 
 
 def check_model_args(args, model: torch.nn.Module, sizes: dict):
-    """Raise ValueError, before any training, for a model whose checkpoints couldn't be loaded."""
+    """Raise ValueError, before any training, for a model that rebuild() couldn't build from its checkpoints."""
 
-    def shapes(model):
-        return {key: tensor.shape for key, tensor in model.state_dict().items()}
+    def description(model):
+        return model.model_args, {key: tensor.shape for key, tensor in model.state_dict().items()}
 
     held = getattr(model, "model_args", {})
     wanted = sizes | {name: value for name, value in vars(args).items() if name in held and value is not None}
@@ -42,11 +43,12 @@ def check_model_args(args, model: torch.nn.Module, sizes: dict):
             raise ValueError(f"{said}: pass it on in build()")
     try:
         with torch.device("meta"):
-            fits = shapes(CLASSES[args.model](**held)) == shapes(model)
-    except TypeError:
-        fits = False
-    if not fits:
-        raise ValueError(f"--model {args.model} can't be built again from its model_args: put all its keywords there")
+            again = CLASSES[args.model](**held)
+        if description(again) != description(model):
+            raise ValueError("it has other weights or model_args then")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
+        failed = f"--model {args.model} can't be built again, on torch's meta device, from its model_args"
+        raise ValueError(f"{failed} ({str(error)[:200]}): see utils/models.py") from None
 
 
 def rebuild(checkpoint: dict, path: str | Path = "the checkpoint") -> torch.nn.Module:
@@ -67,6 +69,11 @@ def rebuild(checkpoint: dict, path: str | Path = "the checkpoint") -> torch.nn.M
                 raise ValueError(f"{key} is {tensor.dtype}")
         # In a copy of the dict: torch leaves a mark in it by which a later load_state_dict wouldn't copy the tensors.
         model.load_state_dict(dict(checkpoint["state_dict"]), assign=True)
+        if any(buffer.is_meta for buffer in model.buffers()):  # those that aren't persistent: the file lacks them
+            with torch.random.fork_rng(devices=[]):
+                filled = CLASSES[name](**sizes)
+            filled.load_state_dict(model.state_dict())
+            model = filled
     except (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} holds weights that don't fit its model {name}: {str(error)[:200]}") from None
     return model
