@@ -268,16 +268,19 @@ def test_a_model_whose_checkpoints_could_not_be_loaded_is_not_trained(tiny, monk
     assert call(*TINY_MLP, "--model", "mine", "--out", "run") == 2
     one_line(capsys, "--model mine has channels None in its model_args, the run has 3: pass it on in build()")
 
-    for forgotten in ("hidden", "dropout"):  # the weights show one of them only
+    assert not Path("run").exists()
 
-        def forgets(args, **sizes):
-            model = mlp_mnist.build(args, **sizes)
-            del model.model_args[forgotten]
-            return model
 
-        add_model(monkeypatch, forgets)
-        assert call(*TINY_MLP, "--model", "mine", "--out", "run") == 2
-        one_line(capsys, "--model mine can't be built again", "(it has other weights or model_args then)")
+@pytest.mark.parametrize("forgotten", ["hidden", "dropout"])  # the weights show the first one only
+def test_a_model_that_forgets_a_keyword_is_not_trained(forgotten, tiny, monkeypatch, capsys):
+    def build(args, **sizes):
+        model = mlp_mnist.build(args, **sizes)
+        del model.model_args[forgotten]
+        return model
+
+    add_model(monkeypatch, build)
+    assert call(*TINY_MLP, "--model", "mine", "--out", "run") == 2
+    one_line(capsys, "--model mine can't be built again", "(it has other weights or model_args then)")
     assert not Path("run").exists()
 
 
