@@ -43,8 +43,7 @@ class Parser(argparse.ArgumentParser):
         options |= {"usage": argparse.SUPPRESS, "allow_abbrev": False, "fromfile_prefix_chars": "@"}
         super().__init__(prog=program, **options)
         self.count = 0  # of words in @files
-        self.hint = ""  # for flags that aren't known
-        self.of_other_models = {}  # flag -> models
+        self.hint = ""  # for unknown flags, if train.py's are known
 
     def convert_arg_line_to_args(self, line):
         words = self.checked(split_flags(line))
@@ -82,8 +81,9 @@ class Parser(argparse.ArgumentParser):
     def remedy(self, word):
         """What may have been meant by an unknown word."""
         flag = word.partition("=")[0]
-        if flag in self.of_other_models:
-            return f": {flag} is a flag of --model {' and '.join(self.of_other_models[flag])}"
+        others = [name for name in MODELS if flag in make_parser(name)._option_string_actions]
+        if self.hint and others:
+            return f": {flag} is a flag of --model {' and '.join(others)}"
         near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.8)
         if word.endswith(".args") and not word.startswith("-"):
             near = [f"@{word}"]
@@ -141,11 +141,6 @@ def make_parser(model, program="train.py"):
     parser = Parser(program, description=f"Train an image classifier. In brackets the defaults of --model {model}.")
     own_help = "" if program == "train.py" else f"{program} --help and "
     parser.hint = f"see {own_help}train.py --model {model} --help; quote names with spaces"
-    for other in [name for name in MODELS if name != model]:
-        own = argparse.ArgumentParser(add_help=False)
-        MODELS[other].add_args(own)
-        for name in own._option_string_actions:
-            parser.of_other_models.setdefault(name, []).append(other)
     flag = parser.add_argument_group("run").add_argument
     flag("--model", default="mlp", choices=MODELS, help="each has flags of its own: --model NAME --help (mlp)")
     flag("--epochs", type=float, metavar="N", help="length of the run, fractions allowed (%(default)s)")
