@@ -54,7 +54,8 @@ class ConvNormAct(nn.Sequential):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         fitting = self.conv.weight.detach()[:inputs]  # the filters beyond them stay random
-        fitting.zero_()[:, :, 1, 1].diagonal().fill_(1)  # as nn.init.dirac_, without its loop over the channels
+        # As nn.init.dirac_, whose loop over the channels torch 2.9 takes on meta, too, whatever a checkpoint claims.
+        fitting.zero_()[:, :, 1, 1].diagonal().fill_(1)
         if pool > 1:
             self.pool = nn.MaxPool2d(pool)
         self.norm = nn.BatchNorm2d(outputs)
